@@ -3,8 +3,9 @@
 python benchmarks/run.py startup --against ../before/src
 python benchmarks/run.py startup --commands plan doctor --rounds 5 --json benchmarks/results/startup.json
 
-`plan` is the first of a model, and `plan_again` another one of the same run file; what is measured of a machine once
-(`cpu_rates`) is there for both. `train` is the demo up to and with its first step, without evaluations and scores.
+`plan` is the first of a model, `plan_examples` one of a known model with new examples, and `plan_again` another one of
+the same run file; what is measured of a machine once (`cpu_rates`) is there for all of them. `train` is
+the demo up to and with its first step, without evaluations and scores.
 `torch` is `import torch` alone, the unit in which the others can be compared between machines. Of this machine's result
 that exists, what is not measured again is kept.
 """
@@ -13,7 +14,6 @@ import argparse
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "torch": ("-c", "import torch"),
     "help": (*_EXPERTUNE, "--help"),
     "plan": (*_EXPERTUNE, "plan", _DEMO),
+    "plan_examples": (*_EXPERTUNE, "plan", _DEMO),
     "plan_again": (*_EXPERTUNE, "plan", _DEMO),
     "doctor": (*_EXPERTUNE, "doctor"),
     "train": (
@@ -39,6 +40,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     ),
 }
 """Arguments of Python by what they are called; `train` gets an output_dir of its own."""
+
+_FORGOTTEN = {"plan": "*.json", "plan_examples": "lengths-*.json"}
+"""What of earlier plans is not there, by command."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,12 +60,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         caches = {tree: Path(folder) / tree for tree in trees}
         for tree, source in trees.items():
-            _run(COMMANDS["plan"], source, caches[tree])  # measures the machine
+            _run(COMMANDS["plan"], source, caches[tree])  # measures the machine, and keeps what plans keep
         for _ in range(args.rounds):
             for name in args.commands:
                 for tree, source in trees.items():
-                    if name == "plan":
-                        shutil.rmtree(caches[tree] / "expertune" / "plans", ignore_errors=True)
+                    for path in (caches[tree] / "expertune" / "plans").glob(_FORGOTTEN.get(name, "none")):
+                        path.unlink()
                     taken[name][tree].append(_run(COMMANDS[name], source, caches[tree]))
     found = {name: {tree: _medians(runs) for tree, runs in of.items()} for name, of in taken.items()}
     result = {

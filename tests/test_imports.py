@@ -2,13 +2,16 @@
 
 import ast
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.processes import RUN, Ended, run_copies, run_program
 
-HEAVY = ["torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "matplotlib", "numpy"]
+# Of torch a part: the module alone is there unread where a command only tokenizes.
+HEAVY = ["torch.nn", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "matplotlib", "numpy"]
 COMMANDS = ["plan", "train", "evaluate", "generate", "chat", "quantize", "doctor"]
 
 HELP = [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)]
@@ -138,10 +141,13 @@ def test_values_that_an_adapter_contradicts_are_told_with_both(ended: dict[str, 
     assert "lora.r is 8, but the adapter at " in ended[str(["plan", "{tuned}"])].err
 
 
-def run_command(arguments: list[str], unused: list[str], imports: str, cache: Path) -> tuple[Ended, list[str]]:
+def run_command(
+    arguments: list[str], unused: list[str], imports: str, cache: Path, before: str = ""
+) -> tuple[Ended, list[str]]:
     """A command with some imports already made; and what of `unused` it has loaded."""
     code = f"""
 import sys
+{before}
 from expertune.cli import main
 sys.argv[1:] = {arguments}
 try:
@@ -160,11 +166,23 @@ def test_doctor_imports_no_more_than_it_uses(tmp_path: Path) -> None:
 
 def test_the_first_plan_imports_nothing_that_trains_and_the_next_one_no_heavy_library(tmp_path: Path) -> None:
     command = ["plan", "examples/demo.yaml", "--memory", "16GB"]
-    first, loaded = run_command(command, NOT_OF_A_PLAN, "import sys", tmp_path)
+    # A process with threads is not copied, and reads the model itself.
+    threads = "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()"
+    first, loaded = run_command(command, NOT_OF_A_PLAN, "import sys", tmp_path, threads)
     assert loaded == []
+    shutil.rmtree(tmp_path / "expertune" / "plans")  # what was measured of the machine stays
+    ahead, loaded = run_command(command, HEAVY if sys.platform == "linux" else [], "import sys", tmp_path)
+    assert loaded == []
+    assert ahead.out == first.out
     again, loaded = run_command(command, [*HEAVY, "tokenizers", "huggingface_hub"], "import sys", tmp_path)
     assert loaded == []
     assert again.out == first.out
+    # Examples that are new take a tokenizer, and no torch.
+    other = [*command, "data.train=src/expertune/assets/viggo/viggo-valid.csv"]
+    assert (
+        run_command(other, [name for name in HEAVY if name not in ("transformers", "numpy")], "import sys", tmp_path)[1]
+        == []
+    )
     # Another rank and another batch need nothing that the model does not say.
     changed = [*command, "lora.r=64", "training.per_device_train_batch_size=4"]
     assert run_command(changed, HEAVY, "import sys", tmp_path)[1] == []

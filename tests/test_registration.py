@@ -21,6 +21,24 @@ def test_this_release_still_has_what_is_wrapped(module: str, path: str, taker: s
     assert callable(getattr(importlib.import_module(f"expertune.adapt.{file}"), function))
 
 
+def test_transformers_reads_the_names_in_its_files_once_and_finds_the_same() -> None:
+    code = """
+from functools import lru_cache
+import expertune
+import transformers.models
+from transformers.utils import import_utils
+enlarged = import_utils.create_import_structure_from_path
+read = enlarged.cache_info()
+file = transformers.models.__file__
+found = import_utils.define_import_structure(file)
+import_utils.create_import_structure_from_path = lru_cache(enlarged.__wrapped__)
+assert found == import_utils.define_import_structure.__wrapped__(file)
+print(read.hits >= 400, read.misses < read.hits + 100)
+"""
+    ended = run_program(code, imports="import sys")
+    assert ended.out.splitlines()[-1:] == ["True True"], ended.err
+
+
 def test_peft_before_expertune_and_a_dense_model_that_is_none_of_our_business(tmp_path: Path) -> None:
     code = f"""
 import sys, torch

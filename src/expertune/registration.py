@@ -1,9 +1,11 @@
 """What importing `expertune` changes in transformers and PEFT: all of it is listed here, by module.
 
-Two things are registered. transformers gets the quantizer of NF4 folders, so that `from_pretrained` reads them. And
-`get_peft_model`, `PeftModel.from_pretrained`, `model.load_adapter`, `model.add_adapter` and TRL's trainers end in a few
-functions that offer no hook for a module like `Nf4Experts`; each is wrapped. Where the model holds 4-bit experts,
-Expertune's own function takes the call; every other model reaches the original function and nothing else.
+Two things are registered, and a cache is enlarged. transformers gets the quantizer of NF4 folders, so that
+`from_pretrained` reads them. And `get_peft_model`, `PeftModel.from_pretrained`, `model.load_adapter`,
+`model.add_adapter` and TRL's trainers end in a few functions that offer no hook for a module like `Nf4Experts`; each is
+wrapped. Where the model holds 4-bit experts, Expertune's own function takes the call; every other model reaches the
+original function and nothing else. The cache is that of the names in transformers' files: it reads all 2,900 of them
+twice while it is imported, as they lie in more folders than the cache has room for.
 
 Neither library discovers plugins (no entry points in transformers 5.20 to 5.24 or PEFT 0.21), and importing them here
 would cost every command its start. So what has been imported already is changed at once, and one finder on
@@ -15,7 +17,7 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -47,6 +49,11 @@ WRAPPED = {
     "transformers.integrations.peft": {"PeftAdapterMixin.load_adapter": "stock.load.load_adapter"},
 }
 
+# What is cached there with too little room: module -> functions in it.
+ENLARGED = {"transformers.utils.import_utils": ("create_import_structure_from_path",)}
+
+_CHANGED = (QUANTIZERS, *WRAPPED, *ENLARGED)
+
 
 def register() -> None:
     """Change what has been imported now, and the rest when it is imported; a second call changes nothing."""
@@ -63,6 +70,10 @@ def register() -> None:
 def _change(module: ModuleType) -> None:
     if module.__name__ == QUANTIZERS:
         import_module("expertune.checkpoint.hf_quantizer").register()
+    for name in ENLARGED.get(module.__name__, ()):
+        held: Any = getattr(module, name, None)
+        if hasattr(held, "cache_parameters"):  # else another release, which may do without
+            setattr(module, name, cache(held.__wrapped__))
     for path, taker in WRAPPED.get(module.__name__, {}).items():
         holder, _, name = path.rpartition(".")
         owner = getattr(module, holder, None) if holder else module
@@ -111,7 +122,7 @@ class _Finder:
         self._finding: set[str] = set()
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in (QUANTIZERS, *WRAPPED) or name in self._finding:
+        if name not in _CHANGED or name in self._finding:
             return None
         self._finding.add(name)
         try:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from expertune.config import RunConfig
-from expertune.planning import Plan, reading, tokenized
+from expertune.planning import Plan, kept_files, reading, tokenized
 from expertune.planning.devices import Machine
 from expertune.planning.kept_files import libraries, of_folder
 from expertune.planning.plan import plan_for
-from expertune.planning.recall import may_recall, recall_lengths, recall_shapes
+from expertune.planning.recall import may_recall, recall_lengths, recall_shapes, would_keep
 from expertune.planning.table import as_text
 from tests.planning.conftest import FILES, TINY_MIXTRAL
 from tests.tiny_models import save_tiny_model
@@ -150,6 +150,16 @@ def test_what_a_run_file_says_of_its_weights_is_planned_although_the_model_is_kn
     assert other.weights != known.weights
 
 
+def test_it_is_known_whether_a_plan_would_keep_a_models_shapes(run_of, kept, tmp_path):
+    config = run_of("mixtral-8x7b-v0.1")
+    assert would_keep(config)
+    planned(config, gpu="h100")
+    assert not would_keep(config)
+    assert would_keep(run_of("mixtral-8x7b-v0.1", quantization={"double_quantization": False}))
+    assert not would_keep(run_of("owner/name"))
+    assert not would_keep(run_of("qwen3-30b-a3b", lora={"init_from": str(tmp_path)}))
+
+
 def test_models_with_code_of_their_own_and_programs_with_transformers_are_planned_anew(monkeypatch):
     assert not may_recall(trust_remote_code=False), "transformers is imported here"
     monkeypatch.delitem(sys.modules, "transformers")
@@ -172,6 +182,27 @@ def test_a_library_counts_by_its_files_unless_it_is_edited_in_place(tmp_path, mo
     if found is not None:
         (about / "RECORD").write_text("madeup/__init__.py,sha256=b,0\n")
         assert libraries("madeup") != found
+
+
+def test_a_model_is_read_again_once_a_file_of_transformers_that_read_it_was_edited(run_of, kept, monkeypatch):
+    config = run_of("mixtral-8x7b-v0.1")
+    planned(config, gpu="h100")
+    (path,) = kept.glob("shapes-*")
+    assert "models/mixtral/modeling_mixtral.py" in path.read_text()
+    whole, state = path.read_text(), kept_files._state
+    monkeypatch.setattr(kept_files, "_state", lambda imported: f"{state(imported)} and one line more")
+    planned(config, gpu="h100")
+    assert path.read_text() != whole
+
+
+def test_an_edited_file_has_another_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept_files, "_root", lambda: tmp_path)
+    (tmp_path / "modeling.py").write_text("size = 1")
+    before = kept_files._state(["modeling.py"])
+    assert kept_files._state(["modeling.py"]) == before
+    (tmp_path / "modeling.py").write_text("size = 2")
+    os.utime(tmp_path / "modeling.py", (0, 0))
+    assert kept_files._state(["modeling.py"]) != before
 
 
 def test_a_library_from_another_place_than_pips_is_not_known(tmp_path, monkeypatch):

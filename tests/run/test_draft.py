@@ -9,6 +9,10 @@ import pytest
 import expertune
 from expertune import load_config
 from expertune.errors import ConfigError, DataError
+from expertune.planning import reading
+from expertune.planning.devices import Machine
+from expertune.planning.plan import plan_for
+from expertune.planning.recall import recall_shapes
 from expertune.run.draft import draft_run_file
 
 MODEL = Path(expertune.__file__).parent / "assets" / "tiny-mixtral"
@@ -39,6 +43,16 @@ def test_what_is_written_is_planned_and_trained_as_it_stands(folder):
     assert set(taken) == {"planning", "data", "loading", "preflight", "training", "evaluation"}
     assert sum(taken.values()) <= run.record["run"]["seconds"] + 0.5
     assert run.record["plan"]["run"]["steps"] == 2
+
+
+def test_the_first_plan_of_what_is_written_reads_no_model_again(folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    (folder / "run.yaml").write_text(
+        draft_run_file(str(MODEL), "rows.jsonl", Path("run.yaml"), read=recall_shapes).text
+    )
+    monkeypatch.setattr(reading, "read_shapes", None)
+    config = load_config("run.yaml")
+    assert plan_for(config, Machine.of(config), read=recall_shapes).fits
 
 
 def test_each_choice_has_its_reason_above_it_and_an_override_stands_above_all(folder):

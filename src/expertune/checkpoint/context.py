@@ -4,15 +4,36 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+_DTYPES = ("dtype", "torch_dtype")
 
 
 def read_config(folder: str | Path, trust_remote_code: bool = False) -> PretrainedConfig | None:
-    """A model folder's config; None where it cannot be read, which who builds the model says better."""
+    """A model folder's config; None where it cannot be read, which who builds the model says better.
+
+    Without the dtype of its weights where transformers has the config's class: with it transformers imports torch, and
+    none of what a config is read for here depends on it.
+    """
     try:
+        values, _ = PretrainedConfig.get_config_dict(folder)
+        if not trust_remote_code and values.get("model_type") in CONFIG_MAPPING:
+            found: PretrainedConfig = CONFIG_MAPPING[values["model_type"]].from_dict(
+                _without_dtypes(values), name_or_path=folder
+            )
+            return found
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception:  # damaged values lead to errors of every kind
         return None
+
+
+def _without_dtypes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a config and of those within it."""
+    return {
+        key: _without_dtypes(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if key not in _DTYPES
+    }
 
 
 def context_length(config: PretrainedConfig | None) -> int | None:

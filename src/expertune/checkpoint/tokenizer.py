@@ -4,7 +4,7 @@ import contextlib
 import json
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from expertune.checkpoint.context import read_config
 from expertune.checkpoint.hub import refusal
@@ -25,7 +25,8 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
     folder = Path(folder)
     try:
         with converted(folder) if needs_conversion(folder) else contextlib.nullcontext(folder) as readable:
-            tokenizer = AutoTokenizer.from_pretrained(readable, trust_remote_code=trust_remote_code)
+            config = read_config(readable, trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(readable, config=config, trust_remote_code=trust_remote_code)
         tokenizer.name_or_path = str(folder)
         ids = tokenizer.encode(_ORDINARY_TEXT, add_special_tokens=False)
     except CheckpointError:
@@ -47,7 +48,7 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
         )
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"{folder}: the tokenizer has no end-of-sequence token, so that answers would never end")
-    _require_embeddings(tokenizer, folder, trust_remote_code)
+    _require_embeddings(tokenizer, folder, config)
     return tokenizer
 
 
@@ -63,9 +64,8 @@ def _reason(folder: Path, error: BaseException) -> str:
     return f"{reason[:300]} ({type(error).__name__})"
 
 
-def _require_embeddings(tokenizer: PreTrainedTokenizerBase, folder: Path, trust_remote_code: bool) -> None:
+def _require_embeddings(tokenizer: PreTrainedTokenizerBase, folder: Path, config: PretrainedConfig | None) -> None:
     """Each token needs an embedding; without one, training ends in an index error of the model."""
-    config = read_config(folder, trust_remote_code)
     vocab_size = getattr(config.get_text_config(), "vocab_size", None) if config else None
     vocabulary = tokenizer.get_vocab()
     beyond = {token_id: token for token, token_id in vocabulary.items() if vocab_size and token_id >= int(vocab_size)}

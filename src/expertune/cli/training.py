@@ -2,6 +2,7 @@
 
 import shlex
 from contextlib import nullcontext
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,9 +11,11 @@ import typer
 
 import expertune
 from expertune.cli.arguments import Json, Overrides, RunFile, TrustRemoteCode, TrustRewards, Verbose
+from expertune.cli.lazy_torch import import_torch_when_used
 from expertune.distributed.processes import launched
 from expertune.errors import ConfigError
 from expertune.gpus import find_device
+from expertune.placement.presence import may_have_gpu
 from expertune.run.signals import Terminated
 from expertune.storage import write_text
 from expertune.terminal import importing, log, log_error, print_json, print_table, stdout_for_results, working
@@ -40,9 +43,12 @@ def init(
     with stdout_for_results():
         with working("reading the examples, and planning"):
             with importing():
-                from expertune.run.draft import draft_run_file
+                from expertune.planning.recall import may_recall, recall_shapes
 
-            draft = draft_run_file(model, examples, out, overrides or (), trust_remote_code)
+                read = recall_shapes if may_recall(trust_remote_code) else None
+                from expertune.run.draft import draft_run_file  # which imports transformers
+
+            draft = draft_run_file(model, examples, out, overrides or (), trust_remote_code, read)
         from rich.console import Console
 
         from expertune.report.preview import render_preview
@@ -101,9 +107,20 @@ def plan(
         from expertune.config import parse_size
 
         parse_size(memory)
-    # A model that no plan has kept is read with libraries that are imported then.
+    import_torch_when_used()
+    with importing():
+        from expertune.planning.ahead import plan_ahead
+        from expertune.planning.recall import may_recall, would_keep
+
+    make = partial(expertune.plan, config, gpu=gpu, memory=memory, devices=devices, trust_remote_code=trust_remote_code)
+    needs_torch = gpu is None and may_have_gpu()  # in this process as well, which is as much as the other saves
+    is_first = not needs_torch and may_recall(trust_remote_code) and would_keep(config)
+    wait = plan_ahead(make) if is_first else None
+    # What no plan has kept is read with libraries that are imported then.
     with stdout_for_results(), working("planning"), importing():
-        made = expertune.plan(config, gpu=gpu, memory=memory, devices=devices, trust_remote_code=trust_remote_code)
+        if wait:
+            wait()
+        made = make()
     if as_json:
         print_json(made.to_json())
     else:

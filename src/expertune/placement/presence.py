@@ -12,7 +12,7 @@ _AMD_DRIVER = Path("/dev/kfd")
 
 def may_have_gpu() -> bool:
     """False only where torch would find none: it is built for none, or the driver that its build asks is missing."""
-    if "torch" in sys.modules:
+    if "torch.nn" in sys.modules:  # `torch` alone may be there and not read yet
         return True  # which can be asked itself
     built = _built_for()
     if built is None:

@@ -3,7 +3,7 @@
 import glob
 import shlex
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from expertune.config import DataConfig, RunConfig, apply_overrides, parse_confi
 from expertune.data import TokenizedExamples, prepare_examples
 from expertune.data.pairs import leak_warning, with_leak_told
 from expertune.data.preview import preview
+from expertune.kernels.amounts import Dtype
 from expertune.planning.devices import Machine
 from expertune.planning.duration import Lengths
 from expertune.planning.plan import plan_for
 from expertune.planning.result import Plan
+from expertune.planning.shapes import Shapes
 from expertune.text import counted, format_size, printable
 from expertune.train.schedule import count_steps
 
@@ -72,7 +74,12 @@ class Draft:
 
 
 def draft_run_file(
-    model: str, data: str, out: Path, overrides: Sequence[str] = (), trust_remote_code: bool = False
+    model: str,
+    data: str,
+    out: Path,
+    overrides: Sequence[str] = (),
+    trust_remote_code: bool = False,
+    read: Callable[[RunConfig, Dtype, bool], Shapes] | None = None,
 ) -> Draft:
     """Choose a run's settings by its examples and this machine.
 
@@ -82,6 +89,7 @@ def draft_run_file(
         out: the file that is to be written, for the commands in it.
         overrides: `section.key=value` strings that stand above every choice, e.g. of `data.columns`.
         trust_remote_code: run Python that ships with the model.
+        read: see `expertune.planning.plan.plan_for`.
 
     Raises:
         ExpertuneError: what a run would stop at: the model, the examples or an override.
@@ -120,14 +128,14 @@ def draft_run_file(
             )
         leak = leak_warning(with_leak_told(trained, tried).report)
     lengths = _lengths(config, examples, held_out, evaluated)
-    plan = plan_for(config, Machine.of(config), trust_remote_code=trust_remote_code).timed(lengths)
+    plan = plan_for(config, Machine.of(config), None, trust_remote_code, read).timed(lengths)
     before = next((change.first for change in plan.what_to_change if change.first), None)
     if not plan.fits and not before and plan.smallest_peak_bytes <= plan.budget_bytes:
         for change in plan.what_to_change:
             apply_overrides(values, change.lines)
             reasons |= dict.fromkeys(change.settings, f"So that the run fits on this machine: {change.costs}.")
         config = parse_config(values, "init")
-        plan = plan_for(config, Machine.of(config), trust_remote_code=trust_remote_code).timed(lengths)
+        plan = plan_for(config, Machine.of(config), None, trust_remote_code, read).timed(lengths)
     reasons["placement"] = _placement(plan)
     for key in _dotted(asked):
         reasons[key] = "As given."

@@ -26,7 +26,6 @@ from expertune.checkpoint.reader import DequantizedEntry, TensorEntry
 from expertune.errors import CheckpointError, UnsupportedModelError
 from expertune.experts import layout
 from expertune.experts.contract import ExpertsSpec
-from expertune.experts.module import Nf4Experts
 from expertune.kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Stack
 from expertune.kernels.nf4.reference import nf4_codebook
 
@@ -119,6 +118,8 @@ def _copy_weight(target: Target, packed: Packed, weight: ExpertWeight) -> None:
         CheckpointError: it is of another shape, of an expert that the model does not have, or stored twice.
     """
     experts = target.model.get_submodule(weight.module)
+    from expertune.experts.module import Nf4Experts  # with all kernels, of which a plan needs none
+
     assert isinstance(experts, Nf4Experts)
     codes_ENK = _codes(packed, weight)
     stack, _ = experts.locate(experts.read_here.start, weight.projections[0])
