@@ -9,7 +9,7 @@ from torch import Tensor
 
 from expertune.kernels import native
 from expertune.kernels.expert_mlp import Activation, expert_mlp, few_tokens, operator, reference
-from expertune.kernels.few_tokens import FEW, answering, dense, few, serves, serves_dense
+from expertune.kernels.few_tokens import FEW, FEW_BY_AVX2, answering, dense, few, once, serves, serves_dense
 from expertune.kernels.linear import nf4_linear
 from expertune.kernels.native.gemv import MOST_ROUTED, Product, gemv
 from expertune.kernels.nf4 import Nf4Stack
@@ -205,11 +205,40 @@ def test_dense_matrix_is_multiplied_here_where_torch_is_slow(
     assert served == [True, True, False, False]
 
 
-def test_more_tokens_in_16_bits_where_grouped_products_are_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expertune.kernels.cpu.cpu_instruction_sets", lambda: ("avx2", "fma3"))
-    assert few(torch.bfloat16) > few(torch.float32) == FEW
-    monkeypatch.setattr("expertune.kernels.cpu.cpu_instruction_sets", lambda: ("avx2", "avx512_bf16"))
-    assert few(torch.bfloat16) == FEW
+def test_more_tokens_on_a_cpu_whose_grouped_products_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    def having(*names: str) -> list[int]:
+        for module in ("few_tokens", "cpu"):
+            monkeypatch.setattr(f"expertune.kernels.{module}.cpu_instruction_sets", lambda: names)
+        return [few(dtype) for dtype in (torch.bfloat16, torch.float32)]
+
+    assert having("avx2") == [FEW_BY_AVX2, FEW_BY_AVX2]
+    assert having("avx2", "avx512_f") == [FEW_BY_AVX2, FEW]
+    assert having("avx2", "avx512_f", "avx512_bf16") == [FEW, FEW]
+
+
+def test_what_is_made_of_weights_is_made_once_an_answer() -> None:
+    made: list[int] = []
+
+    def make() -> int:
+        made.append(len(made))
+        return made[-1]
+
+    assert [once("weight", make), once("weight", make)] == [0, 1]  # no answer is being written
+    for expected in (2, 3):
+        with answering():
+            assert [once("weight", make), once("weight", make)] == [expected] * 2
+
+
+def test_weights_that_change_between_answers_are_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(2, dtype=torch.float32)
+    first, _ = run_few(case, monkeypatch)
+    weight = Nf4Stack(case.gate_up.num_matrices, case.gate_up.out_features, case.gate_up.in_features)
+    for index in range(weight.num_matrices):
+        weight.write(index, -case.gate_up.dequantize(index, torch.float32))
+    case = case._replace(gate_up=weight)
+    second, _ = run_few(case, monkeypatch)
+    expected = reference.expert_mlp(*case[:5], case.layer.activation, case.updates, case.biases)
+    assert off_by(second, expected.detach()) < ROUNDED[torch.float32] < off_by(first, expected.detach())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -10,23 +10,24 @@ are compared with those of training, such as a reference's or an evaluation's, t
 Shape suffixes: R tokens, K in_features, N out_features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from expertune.kernels import native
 from expertune.kernels.cpu import cpu_instruction_sets, gemm_dtype
-from expertune.kernels.native.gemv import MOST_DENSE, MOST_ROUTED, Product, dense_gemv, gemv
+from expertune.kernels.native.gemv import MOST_DENSE, MOST_ROUTED, LinearGemv, dense_gemv
 from expertune.kernels.nf4 import Nf4Bytes
 from expertune.kernels.routes import FUSED, KernelSettings
 
-# Tokens of a matrix up to which this is faster than the grouped GEMM: in general; and in 16 bits on a CPU that has no
-# instructions for them: measured when the grouped GEMM was in float32 there, and not since it is in integers too.
-FEW = 4
-FEW_WITHOUT_16_BITS = 32
+# Tokens of a matrix up to which this is faster than the grouped GEMM: in general; and on a CPU with AVX2 alone, or in
+# 16 bits without instructions for them. Two cores with AVX2, an expert layer of 8 experts: with 8 tokens each 45 ms and
+# 60 ms by the grouped GEMM in bfloat16, 85 and 106 ms in float32; with 12 tokens 80 and 73 ms, 135 and 106 ms.
+FEW, FEW_BY_AVX2 = 4, 10
 
 # Tokens of which torch multiplies a 16-bit or float32 matrix slowly on a CPU with AVX2 alone: 32 by a head of 32,000 x
 # 2048 took it 0.21 s in bfloat16 and 0.10 s in float32, and the native library 0.06 s each.
@@ -34,34 +35,37 @@ _DENSE = range(1, 65)
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# While an answer is written: float32 copies of frozen tensors, by name.
-_copies: ContextVar[dict[str, tuple[Tensor, ...]] | None] = ContextVar("expertune_answering", default=None)
+# While an answer is written: what is made of frozen weights, by what it is made for.
+_made: ContextVar[dict[Hashable, Any] | None] = ContextVar("expertune_answering", default=None)
+
+_Made = TypeVar("_Made")
 
 
 @contextmanager
 def answering() -> Iterator[None]:
     """While open, few tokens of this thread run here; frozen weights must not change meanwhile."""
-    token = _copies.set({})
+    token = _made.set({})
     try:
         yield
     finally:
-        _copies.reset(token)
+        _made.reset(token)
 
 
-def as_float_once(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors that lie where they are while an answer is written, in float32; copied once for each name."""
-    copies = _copies.get()
-    if copies is None:
-        return tuple(tensor.float() for tensor in tensors)
-    if name not in copies:
-        copies[name] = tuple(tensor.float() for tensor in tensors)
-    return copies[name]
+def once(owner: Hashable, make: Callable[[], _Made]) -> _Made:
+    """What `make` gives; while an answer is written it is made once for each owner: of weights that stay in place."""
+    made = _made.get()
+    if made is None:
+        return make()
+    if owner not in made:
+        made[owner] = make()
+    found: _Made = made[owner]
+    return found
 
 
 def few(dtype: torch.dtype) -> int:
     """Tokens of a matrix up to which products in a dtype run here."""
-    sixteen_bits = dtype != torch.float32
-    return FEW_WITHOUT_16_BITS if sixteen_bits and gemm_dtype(dtype, torch.device("cpu")) != dtype else FEW
+    by_avx2 = "avx512_f" not in cpu_instruction_sets() or gemm_dtype(dtype, torch.device("cpu")) != dtype
+    return FEW_BY_AVX2 if by_avx2 else FEW
 
 
 def serves(x: Tensor, routed: int, matrices: int, settings: KernelSettings) -> bool:
@@ -74,11 +78,11 @@ def serves(x: Tensor, routed: int, matrices: int, settings: KernelSettings) -> b
         settings: leave the choice, or ask for the fused route.
     """
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and _made.get() is not None
+        and x.device.type == "cpu"
         and x.dtype in _DTYPES
         and 0 < routed <= min(few(x.dtype) * matrices, MOST_ROUTED)
-        and not torch.compiler.is_compiling()
-        and _copies.get() is not None
         and not torch.is_grad_enabled()
         and settings.route in ("auto", FUSED)
         and native.available()
@@ -90,20 +94,36 @@ def linear(x_RK: Tensor, weight: Nf4Bytes, settings: KernelSettings) -> Tensor:
     settings.ran[FUSED] += 1
     y_RN = x_RK.new_empty(x_RK.shape[0], weight.out_features)
     x_RK = x_RK if x_RK.stride(1) == 1 else x_RK.contiguous()
-    gemv([Product(weight, x_RK, y_RN)], x_RK.shape[0], fine=x_RK.dtype == torch.float32)
+    once(weight.packed, lambda: LinearGemv(weight))(x_RK, y_RN)
     return y_RN
 
 
 def serves_dense(x: Tensor, weight: Tensor) -> bool:
     """Whether `dense` multiplies tokens [..., K] by such a matrix faster than torch: on a CPU with AVX2 alone."""
     return (
-        x.device.type == "cpu"
+        _made.get() is not None
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.numel() // x.shape[-1] in _DENSE
         and weight.stride(1) == 1
         and "avx512_f" not in cpu_instruction_sets()
-        and _copies.get() is not None
+        and not torch.is_grad_enabled()
+        and native.available()
+    )
+
+
+def serves_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `attend` takes queries [B, H, T, D], keys and values [B, K, T, D]: of one token, of an answer."""
+    return (
+        not torch.compiler.is_compiling()
+        and _made.get() is not None
+        and query.shape[2] == 1
+        and query.device.type == "cpu"
+        and query.dtype in (torch.float32, torch.bfloat16)
+        and query.dtype == key.dtype == value.dtype
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        and query.shape[1] % key.shape[1] == 0
         and not torch.is_grad_enabled()
         and native.available()
     )

@@ -35,14 +35,24 @@ def share(memory: dict[str, Any]) -> None:
 
 def take(name: str, *shape: int) -> Tensor:
     """Float32 on the CPU, of this shape, whatever was in it; valid until the name is taken again on this thread."""
-    held = of_this_thread()
     size = math.prod(shape)
-    if name not in held or held[name].numel() < size:
+    return _at_least(name, size)[:size].view(shape)
+
+
+def address(name: str, size: int) -> int:
+    """Where so many numbers lie that `take` would give."""
+    return _at_least(name, size).data_ptr()
+
+
+def _at_least(name: str, size: int) -> Tensor:
+    held = of_this_thread()
+    found: Tensor | None = held.get(name)
+    if found is None or found.numel() < size:
         held.pop(name, None)
         # Kept beyond the caller's inference mode: a tensor made in it could never be written to by training.
         with torch.inference_mode(False):
-            held[name] = ask_for_huge_pages(torch.empty(size, dtype=torch.float32))
-    return held[name][:size].view(shape)
+            found = held[name] = ask_for_huge_pages(torch.empty(size, dtype=torch.float32))
+    return found
 
 
 def as_float(tensor: Tensor, name: str | None = None) -> Tensor:

@@ -8,6 +8,7 @@ runs.
 import bitsandbytes as bnb
 from torch import Tensor
 
+from expertune.kernels.few_tokens import once
 from expertune.kernels.linear import nf4_linear
 from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Bytes
 from expertune.kernels.routes import HasKernelSettings
@@ -21,7 +22,7 @@ class Nf4Linear(bnb.nn.Linear4bit, HasKernelSettings):
         if x.device.type != "cpu":
             return super().forward(x)
         x_RK = x.reshape(-1, self.in_features).to(self.compute_dtype or x.dtype)
-        y = nf4_linear(x_RK, self.nf4_bytes(), self.kernel_settings).to(x.dtype)
+        y = nf4_linear(x_RK, once(self, self.nf4_bytes), self.kernel_settings).to(x.dtype)
         if self.bias is not None:
             y = y + self.bias.to(x.dtype)
         return y.view(*x.shape[:-1], self.out_features)

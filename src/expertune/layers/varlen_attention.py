@@ -27,6 +27,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from expertune.errors import UnsupportedModelError
+from expertune.kernels import few_tokens
+from expertune.kernels.native.attention import attend
 
 NAME = "expertune_varlen"
 
@@ -150,7 +152,8 @@ def varlen_attention(
 
     Sequences are those of `cu_seq_lens_q`, int32 [N + 1], the longest of `max_length_q` tokens (an int); where these
     are not given, sequences begin where `position_ids` [1, T] is 0. With both given nothing is read back from a GPU.
-    With a mask that is more than a sliding window, a cache or a batch of several this is transformers' own sdpa.
+    With a mask that is more than a sliding window, a cache or a batch of several this is transformers' own sdpa, but
+    for single tokens of an answer on a CPU (`expertune.kernels.few_tokens`).
 
     Raises:
         UnsupportedModelError: the family does not say where sequences begin, or adds terms over the whole batch.
@@ -162,6 +165,10 @@ def varlen_attention(
         # A family that does not hand its window to the attention may mean another kind of mask by the same size.
         if window is None or window != kwargs.get("sliding_window"):
             return sdpa_attention_forward(module, query_HTD, key_KTD, value_KTV, attention_mask, **kwargs)
+    if attention_mask is None and _is_of_an_answer(query_HTD, key_KTD, value_KTV, kwargs):
+        scale = kwargs.get("scaling")
+        scale = query_HTD.shape[3] ** -0.5 if scale is None else scale
+        return attend(query_HTD, key_KTD, value_KTV, scale), None
     if query_HTD.shape[0] != 1 or key_KTD.shape[2] != tokens or tokens == 1:
         return sdpa_attention_forward(module, query_HTD, key_KTD, value_KTV, attention_mask, **kwargs)
     sequences = _sequences(position_ids, kwargs)
@@ -184,6 +191,12 @@ def varlen_attention(
     lengths = _once(_LENGTHS, sequences.bounds, _lengths)
     separate = zip(*(tensor.split(lengths, dim=2) for tensor in (query_HTD, key_KTD, value_KTV)), strict=True)
     return torch.cat([_attend(module, query, key, value, kwargs) for query, key, value in separate], dim=1), None
+
+
+def _is_of_an_answer(query_HTD: Tensor, key_KTD: Tensor, value_KTV: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether one token of each sequence attends to all that is cached, and to nothing else."""
+    others = kwargs.get("dropout") or any(kwargs.get(term) is not None for term in _BATCH_WIDE)
+    return not others and few_tokens.serves_attention(query_HTD, key_KTD, value_KTV)
 
 
 def _attend(module: nn.Module, query_HTD: Tensor, key_KTD: Tensor, value_KTV: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -4,6 +4,7 @@ Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per toke
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from expertune.kernels import workspace
 from expertune.kernels.expert_mlp.plan import Chunk, FrozenLayer
 from expertune.kernels.lora import LoraUpdate
 from expertune.kernels.native.gemv import LowRank, Product, gemv
+from expertune.kernels.native.structures import NativeNf4
 from expertune.kernels.operators import no_autocast
 from expertune.kernels.workspace import as_float
 
@@ -21,8 +23,22 @@ def takes(after: object, updates: Sequence[LoraUpdate]) -> bool:
     return after is None and all(not update.dropout and update.gain is None for update in updates)
 
 
-def forward(chunk: Chunk, layer: FrozenLayer, updates: Sequence[LoraUpdate]) -> Tensor:
+class Prepared(NamedTuple):
+    """A layer's weights as the library takes them, for as long as their bytes stay in place."""
+
+    layer: FrozenLayer
+    gate_up: NativeNf4
+    down: NativeNf4
+
+
+def prepare(layer: FrozenLayer) -> Prepared:
+    """What `forward` needs of a layer; good for any tokens."""
+    return Prepared(layer, NativeNf4.of(layer.gate_up), NativeNf4.of(layer.down))
+
+
+def forward(chunk: Chunk, prepared: Prepared, updates: Sequence[LoraUpdate]) -> Tensor:
     """The layer's output, [T, D] of hidden's dtype."""
+    layer = prepared.layer
     hidden_TD, index_TK, weights_TK = chunk[:3]
     routed, parts, swiglu = index_TK.numel(), layer.num_parts, layer.activation.swiglu
     inner = workspace.take("gate_up", routed, layer.intermediate_size * (1 if swiglu else parts))
@@ -36,6 +52,7 @@ def forward(chunk: Chunk, layer: FrozenLayer, updates: Sequence[LoraUpdate]) -> 
         swiglu=swiglu,
         bias=layer.inner_bias,
         updates=[_low_rank(update, update.part) for update in updates if update.part < parts],
+        native=prepared.gate_up,
     )
     second = Product(
         weight=layer.down,
@@ -44,6 +61,7 @@ def forward(chunk: Chunk, layer: FrozenLayer, updates: Sequence[LoraUpdate]) -> 
         top_k_weights=as_float(weights_TK),
         bias=layer.outer_bias,
         updates=[_low_rank(update, 0) for update in updates if update.part == parts],
+        native=prepared.down,
     )
     experts, fine = index_TK.contiguous(), hidden_TD.dtype == torch.float32
     if swiglu:

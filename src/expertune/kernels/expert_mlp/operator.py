@@ -14,7 +14,7 @@ from expertune.kernels import routes
 from expertune.kernels.expert_mlp import dequant_gemm, few_tokens, fused
 from expertune.kernels.expert_mlp.layer import ExpertLayer
 from expertune.kernels.expert_mlp.plan import Chunk, FrozenLayer, Gradients, chunk_tokens
-from expertune.kernels.few_tokens import as_float_once, serves
+from expertune.kernels.few_tokens import once, serves
 from expertune.kernels.huge_pages import ask_for_huge_pages
 from expertune.kernels.lora import SCHEMA, LoraUpdate, draw_seeds, pack, unpack
 from expertune.kernels.nf4 import Nf4Bytes
@@ -73,7 +73,13 @@ def run(
         if layer.handle is not None:
             layer.handle.announce(False)
         with acquired(weights, layer, backward=False) as here:
-            return few_tokens.forward(tokens, _frozen(here, layer, hidden.dtype), updates), []
+
+            def prepare() -> few_tokens.Prepared:
+                return few_tokens.prepare(_frozen(here, layer, hidden.dtype))
+
+            # What a handle brings lies in memory that layers take turns in.
+            prepared = once(layer, prepare) if layer.handle is None else prepare()
+            return few_tokens.forward(tokens, prepared, updates), []
     leaves = (hidden, top_k_weights, *(leaf for update in updates for leaf in (update.a, update.b, update.gain)))
     backward_follows = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
     packed = pack(updates, draw_seeds(updates, hidden.device))
@@ -222,9 +228,7 @@ def acquired(
 
 def _frozen(weights: list[Tensor], layer: ExpertLayer, dtype: torch.dtype) -> FrozenLayer:
     gate_up, down = Nf4Bytes(*weights[:4]), Nf4Bytes(*weights[4:8])
-    # What a handle brings lies in memory that layers take turns in.
-    biases = as_float_once(layer.name, *weights[8:]) if layer.handle is None else weights[8:]
-    inner_bias, outer_bias = (bias.float() for bias in biases) if biases else (None, None)
+    inner_bias, outer_bias = (bias.float() for bias in weights[8:]) if weights[8:] else (None, None)
     return FrozenLayer(gate_up, down, layer.activation, inner_bias, outer_bias, dtype)
 
 

@@ -61,6 +61,7 @@ class Product(NamedTuple):
         top_k_weights: float32, contiguous [T, K]: what the experts of a token give is weighted and summed.
         bias: float32, contiguous [E, parts * rows].
         updates: low-rank updates.
+        native: of the weight, where a caller has it already.
     """
 
     weight: Nf4Bytes
@@ -72,6 +73,7 @@ class Product(NamedTuple):
     top_k_weights: Tensor | None = None
     bias: Tensor | None = None
     updates: Sequence[LowRank] = ()
+    native: NativeNf4 | None = None
 
 
 def gemv(
@@ -95,15 +97,37 @@ def gemv(
     """
     if not 0 < routed <= MOST_ROUTED:
         raise ValueError(f"a call has 1 to {MOST_ROUTED} routed tokens, got {routed}")
-    held = [(NativeNf4.of(each.weight), _low_rank(each.updates)) for each in products]  # lives as long as the call
+    # These live as long as the call.
+    held = [(each.native or NativeNf4.of(each.weight), _low_rank(each.updates)) for each in products]
     sizes = [_scratch_floats(each, routed) for each in products]
-    scratch = workspace.take("gemv", sum(sizes))
-    at, arguments = scratch.data_ptr(), (_Gemv * len(products))()
+    at, arguments = workspace.address("gemv", sum(sizes)), (_Gemv * len(products))()
     for argument, product, (weight, updates), size in zip(arguments, products, held, sizes, strict=True):
         _fill(argument, product, routed, experts)
         argument.w, argument.updates, argument.scratch = ctypes.addressof(weight), ctypes.addressof(updates), at
         at += size * 4
     call("expertune_gemv", arguments, len(products), torch.get_num_threads(), not avx512, fine)
+
+
+class LinearGemv:
+    """x @ W.T of one matrix for one call after the other: what they have in common is laid out once.
+
+    Args:
+        weight: one matrix; its buffers stay where they are.
+    """
+
+    def __init__(self, weight: Nf4Bytes) -> None:
+        self._weight, self._native = weight, NativeNf4.of(weight)
+        self._argument = _Gemv(w=ctypes.addressof(self._native), parts=1, sharing=1, top_k=1)
+        self._row_floats = _row_floats(weight.in_features)
+
+    def __call__(self, x_RK: Tensor, y_RN: Tensor) -> None:
+        """Up to `MOST_ROUTED` tokens, float32, bfloat16 or float16; float32 is `fine` (see `gemv`)."""
+        argument, routed = self._argument, x_RK.shape[0]
+        argument.x, argument.x_stride, argument.x_kind = x_RK.data_ptr(), x_RK.stride(0), SOURCE_KINDS[x_RK.dtype]
+        argument.y, argument.y_stride, argument.y_kind = y_RN.data_ptr(), y_RN.stride(0), SOURCE_KINDS[y_RN.dtype]
+        argument.routed, argument.scratch = routed, workspace.address("gemv", routed * self._row_floats)
+        fine = x_RK.dtype == torch.float32
+        call("expertune_gemv", ctypes.byref(argument), 1, torch.get_num_threads(), False, fine)
 
 
 def dense_gemv(x_TK: Tensor, weight_NK: Tensor, y_TN: Tensor) -> None:
@@ -128,10 +152,13 @@ def dense_gemv(x_TK: Tensor, weight_NK: Tensor, y_TN: Tensor) -> None:
 
 def _scratch_floats(product: Product, routed: int) -> int:
     """Rows of x as float32, as integers and with their scales and corrections; then A @ x of each update."""
-    wide = -(-product.weight.in_features // _GROUP) * _GROUP
-    row = 2 * (wide + -(-(wide // 32) // 16) * 16)
     ranks = sum(update.a.shape[1] for update in product.updates)
-    return routed // product.sharing * row + -(-routed * ranks // 16) * 16
+    return routed // product.sharing * _row_floats(product.weight.in_features) + -(-routed * ranks // 16) * 16
+
+
+def _row_floats(columns: int) -> int:
+    wide = -(-columns // _GROUP) * _GROUP
+    return 2 * (wide + -(-(wide // 32) // 16) * 16)
 
 
 class _LowRank(ctypes.Structure):

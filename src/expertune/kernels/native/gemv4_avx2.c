@@ -11,6 +11,7 @@
 #define CHUNK 8           /* blocks of a row that are dequantized for several tokens, and of which scales are computed */
 #define ROWS 16           /* rows whose sums stay in the first-level cache meanwhile */
 #define CHUNK_BYTES (CHUNK * BLOCK_BYTES)
+#define STRETCH 128       /* blocks of a row whose factors are computed before their products; a multiple of CHUNK */
 
 /* The values of a codebook by their codes: bytes of the integer, and what its rounding left. */
 typedef struct {
@@ -215,6 +216,13 @@ void place_avx2_fine(
 
 /* ---- one token: as fast as W is read ---------------------------------------------------------------------------------- */
 
+/* Keeps gcc from sums in another order, for which it would hold more numbers than there are registers. */
+INLINE __m256i in_order(__m256i v)
+{
+    __asm__("" : "+x"(v));
+    return v;
+}
+
 /* gcc would write out a loop of at most CHUNK steps, and keep what each needs in memory. */
 #define ONE_BY_ONE _Pragma("GCC unroll 1")
 
@@ -229,42 +237,53 @@ INLINE __m256 multiply_block(
     return _mm256_fmadd_ps(total, factor_at(kind, factors, n), sum);
 }
 
+/* Factors of up to STRETCH blocks of a row; returns what `corrections` add. Scales are fetched for all of them before any is
+   multiplied with, so that nothing waits for them. */
+INLINE __m256 factors_of_stretch(
+    int fine, int kind, const Matrix *m, int64_t block, int64_t blocks, const QuantizedToken *x, int64_t at, float *to)
+{
+    float fetched[2 * STRETCH];
+    const int per_block = kind == HALVES ? 2 : 1;
+    __m256 added = _mm256_setzero_ps();
+    ONE_BY_ONE
+    for (int64_t n = 0; n < blocks; n += CHUNK)
+        fetch_scales(kind, m, block + n, blocks - n < CHUNK ? blocks - n : CHUNK, fetched + n * per_block);
+    ONE_BY_ONE
+    for (int64_t n = 0; n < blocks; n += CHUNK) {
+        __m256 own[2];
+        scales_of(kind, m, block + n, blocks - n < CHUNK ? blocks - n : CHUNK, fetched + n * per_block, own);
+        added = _mm256_add_ps(added, factors_of(fine, kind, own, x, at + n, to + n * per_block));
+    }
+    return added;
+}
+
+/* A stretch's factors are computed while the products of the one before are still under way. */
 INLINE __m256 dot_of(int fine, int kind, const Matrix *m, const Values *values, int64_t row, int64_t blocks,
                      const QuantizedToken *x)
 {
-    const uint8_t *from = m->packed + row * blocks * BLOCK_BYTES;
-    const int16_t *numbers = x->numbers;
-    const int8_t *bytes = x->bytes;
     const Values v = *values;
     __m256 sum = _mm256_setzero_ps();
-    float fetched[4][2 * CHUNK], factors[2][2 * CHUNK];
-    const int64_t block = row * blocks, chunks = (blocks + CHUNK - 1) / CHUNK;
-    /* Scales are fetched two chunks before they are multiplied with, so that nothing waits for them. */
-    for (int64_t c = -2; c < chunks; c++) {
-        const int64_t at = c * CHUNK, next = at + CHUNK, ahead = next + CHUNK;
-        if (c + 2 < chunks)
-            fetch_scales(kind, m, block + ahead, blocks - ahead < CHUNK ? blocks - ahead : CHUNK, fetched[(c + 2) & 3]);
-        __m256 added = _mm256_setzero_ps();
-        if (c + 1 >= 0 && c + 1 < chunks) {
-            __m256 own[2];
-            scales_of(kind, m, block + next, blocks - next < CHUNK ? blocks - next : CHUNK, fetched[(c + 1) & 3], own);
-            added = factors_of(fine, kind, own, x, next, factors[(c + 1) & 1]);
-        }
+    for (int64_t start = 0; start < blocks; start += STRETCH) {
+        float factors[2 * STRETCH];
+        const int64_t block = row * blocks + start, here = blocks - start < STRETCH ? blocks - start : STRETCH;
+        const __m256 added = factors_of_stretch(fine, kind, m, block, here, x, start, factors);
         if (fine)
             sum = _mm256_add_ps(sum, added);
-        if (c < 0)
-            continue;
-        const int64_t here = blocks - at < CHUNK ? blocks - at : CHUNK;
-        if (here == CHUNK) {
+        const uint8_t *from = m->packed + block * BLOCK_BYTES;
+        const int16_t *numbers = x->numbers + start * BLOCK;
+        const int8_t *bytes = x->bytes + 2 * start * BLOCK;
+        int64_t n = 0;
+        ONE_BY_ONE
+        for (; n + CHUNK <= here; n += CHUNK) {
             _Pragma("GCC unroll 8")
-            for (int n = 0; n < CHUNK; n++)
-                sum = multiply_block(fine, kind, &v, from, numbers, bytes, factors[c & 1], n, sum);
+            for (int i = 0; i < CHUNK; i++)
+                sum = multiply_block(fine, kind, &v, from, numbers, bytes, factors + n * (kind == HALVES ? 2 : 1), i, sum);
             from += CHUNK_BYTES, numbers += CHUNK * BLOCK, bytes += 2 * CHUNK * BLOCK;
-        } else {
-            ONE_BY_ONE
-            for (int64_t n = 0; n < here; n++)
-                sum = multiply_block(fine, kind, &v, from, numbers, bytes, factors[c & 1], n, sum);
         }
+        const float *last = factors + n * (kind == HALVES ? 2 : 1);
+        ONE_BY_ONE
+        for (int64_t i = 0; i < here - n; i++)
+            sum = multiply_block(fine, kind, &v, from, numbers, bytes, last, i, sum);
     }
     return sum;
 }
@@ -327,21 +346,26 @@ INLINE void multiply_tile(int fine, int halves, int rows, int tokens, const Pane
     const Weights *w[2] = {panels[0].weights, panels[rows - 1].weights};
     for (int64_t n = 0; n < here; n++) {
         __m256i total[2][2];
-        for (int v = 0; v < 4; v++)
+        for (int v = 0; v < 4; v++) {
+            __m256i weight[2];
+            for (int r = 0; r < rows; r++)
+                weight[r] = in_order(w[r][n].numbers[v]);
             for (int t = 0; t < tokens; t++) {
-                const __m256i number = load(numbers[t] + n * BLOCK, v);
+                const __m256i number = in_order(load(numbers[t] + n * BLOCK, v));
                 for (int r = 0; r < rows; r++) {
-                    const __m256i both = _mm256_madd_epi16(w[r][n].numbers[v], number);
-                    total[r][t] = v == 0 ? both : _mm256_add_epi32(total[r][t], both);
+                    const __m256i both = _mm256_madd_epi16(weight[r], number);
+                    total[r][t] = in_order(v == 0 ? both : _mm256_add_epi32(total[r][t], both));
                 }
             }
+        }
         for (int pair = 0; fine && pair < 4; pair += 2)
             for (int t = 0; t < tokens; t++) {
-                const __m256i byte = load(bytes[t] + 2 * n * BLOCK, pair), next = load(bytes[t] + 2 * n * BLOCK, pair + 1);
+                const __m256i byte = in_order(load(bytes[t] + 2 * n * BLOCK, pair));
+                const __m256i next = in_order(load(bytes[t] + 2 * n * BLOCK, pair + 1));
                 for (int r = 0; r < rows; r++) {
                     const __m256i both = _mm256_add_epi16(
                         _mm256_maddubs_epi16(w[r][n].bytes[pair], byte), _mm256_maddubs_epi16(w[r][n].bytes[pair + 1], next));
-                    total[r][t] = _mm256_add_epi32(total[r][t], _mm256_madd_epi16(both, twice));
+                    total[r][t] = in_order(_mm256_add_epi32(total[r][t], _mm256_madd_epi16(both, twice)));
                 }
             }
         for (int r = 0; r < rows; r++)

@@ -95,8 +95,12 @@ void pack_nf4_rows(float *to, const Nf4 *w, int64_t first_matrix, int64_t row, i
                 scale_low = _mm256_loadu_ps(scales), scale_high = _mm256_loadu_ps(scales + 8);
             }
             __m128i v[16];
-            for (int i = 0; i < NR; i++)
-                v[i] = _mm_loadu_si128((const __m128i *)(from[i] + block * BLOCK_BYTES + 16 * half));
+            for (int i = 0; i < NR; i++) {
+                const uint8_t *packed = from[i] + block * BLOCK_BYTES + 16 * half;
+                v[i] = _mm_loadu_si128((const __m128i *)packed);
+                if (half == 0 && block % 2 == 0)   /* of the next panel: a row's part is too short to be seen coming */
+                    _mm_prefetch((const char *)packed + NR * blocks * BLOCK_BYTES, _MM_HINT_T0);
+            }
             transpose_bytes(v);
             for (int j = 0; j < 16; j++, to += 2 * NR) {
                 __m128i first = _mm_and_si128(_mm_srli_epi16(v[j], 4), low_half);

@@ -141,8 +141,12 @@ INLINE void look_up_rows_of(
             for (int i = 0; i < NR; i++)
                 to.scales[i] = row + i < end ? scale_in(&m[i], kind, local[i] + block, half) * worth : 0.0f;
         __m256i v[16];
-        for (int i = 0; i < NR; i++)
-            v[i] = _mm256_loadu_si256((const __m256i *)(m[i].packed + (local[i] + block) * BLOCK_BYTES));
+        for (int i = 0; i < NR; i++) {
+            const uint8_t *packed = m[i].packed + (local[i] + block) * BLOCK_BYTES;
+            v[i] = _mm256_loadu_si256((const __m256i *)packed);
+            if (block % 2 == 0)   /* of the next panel: a row's part is too short for the processor to see it coming */
+                _mm_prefetch((const char *)packed + NR * blocks * BLOCK_BYTES, _MM_HINT_T0);
+        }
         transpose_bytes(v);
         for (int j = 0; j < 16; j++) {
             __m256i even = _mm256_and_si256(_mm256_srli_epi16(v[j], 4), low_half), odd = _mm256_and_si256(v[j], low_half);
