@@ -44,6 +44,19 @@ INLINE int64_t slot_of(const int64_t *slots, int64_t e)
 /* How a block's scale is held. */
 enum { DOUBLE_QUANTIZED, PLAIN_ABSMAX, HALVES };
 
+INLINE int kind_of(const Nf4 *w)
+{
+    return w->halves ? HALVES : w->codebook == NULL ? PLAIN_ABSMAX : DOUBLE_QUANTIZED;
+}
+
+/* Calls an inlined function with the kind as a constant first: compiled once for each, its loops do not ask for it. */
+#define BY_KIND(w, function, ...) \
+    switch (kind_of(w)) { \
+    case HALVES: function(HALVES, __VA_ARGS__); break; \
+    case PLAIN_ABSMAX: function(PLAIN_ABSMAX, __VA_ARGS__); break; \
+    default: function(DOUBLE_QUANTIZED, __VA_ARGS__); \
+    }
+
 /* One matrix of an Nf4. */
 typedef struct {
     const uint8_t *packed, *codes;
@@ -77,7 +90,7 @@ INLINE float scale_in(const Matrix *m, int kind, int64_t block, int half)
 /* The same by the matrix's number. */
 INLINE float scale_of(const Nf4 *w, int64_t matrix, int64_t block, int half)
 {
-    int kind = w->halves ? HALVES : w->codebook == NULL ? PLAIN_ABSMAX : DOUBLE_QUANTIZED;
+    const int kind = kind_of(w);
     Matrix m = matrix_of(w, kind, matrix);
     return scale_in(&m, kind, block, half);
 }

@@ -464,7 +464,7 @@ static void dots_of(
     int fine, const Gemv *g, int64_t matrix, int64_t first, int64_t count, int num_x, const QuantizedToken *x,
     const int16_t *table, float *out, int64_t stride)
 {
-    const int kind = g->w->halves ? HALVES : g->w->codebook == NULL ? PLAIN_ABSMAX : DOUBLE_QUANTIZED;
+    const int kind = kind_of(g->w);
     const Matrix m = matrix_of(g->w, kind, matrix);
     const Values values = values_of(table);
     if (num_x == 1) {

@@ -211,11 +211,7 @@ AVX512 void dequantize_panel(
         copy_rows(dense, p->dense_stride, n, width, end, k, depth, p->depth, to);
     else if (p->kind == BFLOAT_WEIGHT)
         copy_columns(dense, p->dense_stride, k, depth, p->depth, n, width, end, to);
-    else if (p->nf4->halves)
-        dequantize_as(HALVES, p, e, n, width, end, k, depth, to);
-    else if (p->nf4->codebook == NULL)
-        dequantize_as(PLAIN_ABSMAX, p, e, n, width, end, k, depth, to);
     else
-        dequantize_as(DOUBLE_QUANTIZED, p, e, n, width, end, k, depth, to);
+        BY_KIND(p->nf4, dequantize_as, p, e, n, width, end, k, depth, to)
 }
 #endif

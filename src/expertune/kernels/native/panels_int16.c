@@ -166,12 +166,7 @@ INLINE void look_up_rows_of(
 
 void look_up_rows(const Nf4 *w, int64_t first_matrix, int64_t row, int64_t end, int64_t k, int64_t depth, IntegerPanel to)
 {
-    if (w->halves)
-        look_up_rows_of(HALVES, w, first_matrix, row, end, k, depth, to);
-    else if (w->codebook == NULL)
-        look_up_rows_of(PLAIN_ABSMAX, w, first_matrix, row, end, k, depth, to);
-    else
-        look_up_rows_of(DOUBLE_QUANTIZED, w, first_matrix, row, end, k, depth, to);
+    BY_KIND(w, look_up_rows_of, w, first_matrix, row, end, k, depth, to)
 }
 
 INLINE uint8_t largest_byte(const uint8_t *from, int64_t count)
@@ -211,7 +206,7 @@ INLINE float largest_scale(int kind, const Matrix *m, int64_t block, int64_t blo
 
 void magnitudes(const Nf4 *w, int64_t first_matrix, int64_t k, int64_t depth, Magnitudes to)
 {
-    const int kind = w->halves ? HALVES : w->codebook == NULL ? PLAIN_ABSMAX : DOUBLE_QUANTIZED;
+    const int kind = kind_of(w);
     const int64_t blocks = w->columns / BLOCK;
     int64_t matrix = first_matrix + k / w->rows, local = k % w->rows;
     Matrix m = matrix_of(w, kind, matrix);
@@ -323,10 +318,5 @@ INLINE void look_up_columns_of(
 void look_up_columns(
     const Nf4 *w, int64_t first_matrix, int64_t k, int64_t depth, int64_t column, Magnitudes magnitude, IntegerPanel to[4])
 {
-    if (w->halves)
-        look_up_columns_of(HALVES, w, first_matrix, k, depth, column, magnitude, to);
-    else if (w->codebook == NULL)
-        look_up_columns_of(PLAIN_ABSMAX, w, first_matrix, k, depth, column, magnitude, to);
-    else
-        look_up_columns_of(DOUBLE_QUANTIZED, w, first_matrix, k, depth, column, magnitude, to);
+    BY_KIND(w, look_up_columns_of, w, first_matrix, k, depth, column, magnitude, to)
 }
