@@ -11,7 +11,7 @@ from expertune.kernels import native
 from expertune.kernels.expert_mlp import Activation, expert_mlp, few_tokens, operator, reference
 from expertune.kernels.few_tokens import FEW, FEW_BY_AVX2, answering, dense, few, once, serves, serves_dense
 from expertune.kernels.linear import nf4_linear
-from expertune.kernels.native.gemv import MOST_ROUTED, Product, gemv
+from expertune.kernels.native.gemv import MOST_DENSE, MOST_ROUTED, Product, dense_gemv, gemv
 from expertune.kernels.nf4 import Nf4Stack
 from expertune.kernels.routes import KernelSettings
 from tests.kernels.expert_layers import SHAPES, SWIGLU, Case, clamped_gate, make_case
@@ -190,6 +190,12 @@ def test_dense_matrix_is_multiplied_as_by_torch(dtype: torch.dtype, tokens: int)
     y = dense(x, weight)
     assert (y.dtype, y.shape) == (dtype, (tokens, 1, 70))
     assert off_by(y, x.double() @ weight.double().t()) < ROUNDED[dtype]
+
+
+@pytest.mark.parametrize("tokens", [0, MOST_DENSE + 1])
+def test_more_tokens_than_a_dense_product_takes_are_refused(tokens: int) -> None:
+    with pytest.raises(ValueError, match=f"1 to 4 tokens, got {tokens}"):
+        dense_gemv(torch.randn(tokens, 64), torch.randn(8, 64), torch.empty(tokens, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -28,10 +28,21 @@ def weights(rows: int, columns: int, parts: int = 1, kind: str = "double") -> Nf
     return random_stack(parts * len(TOKENS), rows, columns, kind, rows_differ=True)
 
 
-def multiply(x: Tensor, weight: Nf4Bytes, columns: int, transposed: bool, **others: object) -> Tensor:
+def multiply(
+    x: Tensor,
+    weight: Nf4Bytes | Tensor,
+    columns: int,
+    transposed: bool,
+    dtype: torch.dtype = torch.bfloat16,
+    **others: object,
+) -> Tensor:
+    """In the middle of a wider tensor, whose other columns are left alone."""
     offsets = torch.tensor(TOKENS).cumsum(0)
-    out = torch.full((sum(TOKENS), columns), float("nan"))
-    native.grouped_gemm(x, weight, offsets, out, transposed=transposed, dtype=torch.bfloat16, **others)  # type: ignore[arg-type]
+    wide = torch.full((sum(TOKENS), columns + 5), float("nan"))
+    out = wide[:, 2 : columns + 2]
+    native.grouped_gemm(x, weight, offsets, out, transposed=transposed, dtype=dtype, **others)  # type: ignore[arg-type]
+    assert wide[:, :2].isnan().all()
+    assert wide[:, columns + 2 :].isnan().all()
     return out
 
 
@@ -90,6 +101,23 @@ def expected_input_gradient(x: Tensor, values: Tensor, scales: Tensor) -> Tensor
     return torch.einsum("rbd,bdnj->rnj", tokens, w).flatten(1)
 
 
+def dense_weights(rows: int, columns: int) -> Tensor:
+    """A random matrix in bfloat16 for each expert, whose rows lie apart and are of different sizes."""
+    sizes = 10 ** torch.linspace(-3, 3, rows)[:, None]
+    return (torch.randn(len(TOKENS), rows, columns + 3) * sizes).bfloat16()[:, :, :columns]
+
+
+def expected_dense(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """Weights are multiples of 8192ths of the largest of 64 along the contraction."""
+    out = []
+    for own, w in zip(x.split(TOKENS), weight if transposed else weight.transpose(1, 2), strict=True):
+        blocks = torch.nn.functional.pad(w.double(), (0, -w.shape[1] % 64)).unflatten(1, (-1, 64))
+        most = blocks.abs().amax(2, keepdim=True)
+        rounded = (blocks * (MOST_WEIGHT / most)).round() * (most / MOST_WEIGHT)
+        out.append(rounded_blocks(own).flatten(1) @ rounded.flatten(1).t())
+    return torch.cat(out).float()
+
+
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
@@ -134,6 +162,29 @@ def test_products_and_input_gradients_are_those_of_rounded_factors(
         assert relative_error(found, wanted) < 3e-5
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (40, 193), (333, 640), (70, 1100)])
+def test_matrices_in_bfloat16_are_multiplied_so_too(rows: int, columns: int) -> None:
+    weight = dense_weights(rows, columns)
+    for transposed in (True, False):
+        depth, width = (columns, rows) if transposed else (rows, columns)
+        x = torch.randn(sum(TOKENS), depth)
+        wanted, found = expected_dense(x, weight, transposed), multiply(x, weight, width, transposed)
+        assert (found - wanted).abs().lt(1e-3 * wanted.std(0)).all()
+        assert relative_error(found, wanted) < 3e-5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
+def test_number_of_a_matrix_that_is_not_finite_shows_in_what_it_gives(bad: float) -> None:
+    weight, x = torch.randn(len(TOKENS), 192, 192).bfloat16(), torch.randn(sum(TOKENS), 192)
+    whole = [multiply(x, weight, 192, transposed) for transposed in (True, False)]
+    weight[2, 50, 100] = bad  # the matrix of 17 tokens
+    for transposed, column, before in zip((True, False), (50, 100), whole, strict=True):
+        found = multiply(x, weight, 192, transposed)
+        assert not found[1:18, column].isfinite().any()
+        found[1:18, column] = before[1:18, column]
+        assert torch.equal(found, before)
+
+
 @pytest.mark.parametrize("kind", ["plain", "mxfp4"])
 def test_largest_sums_that_are_possible_do_not_overflow(kind: str) -> None:
     stack = square(192, kind)
@@ -165,11 +216,12 @@ def test_token_that_is_not_finite_gives_nothing_finite_and_leaves_the_others_alo
         assert torch.equal(found[others], before[others])
 
 
-def test_scale_that_is_not_finite_shows_in_what_its_weights_give() -> None:
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_scale_that_is_not_finite_shows_in_what_its_weights_give(bad: float) -> None:
     stack = square(192)
-    stack.absmax[0, 3 * 50 + 1] = float("nan")  # row 50, columns 64 to 128
+    stack.absmax[0, 3 * 50 + 1] = bad  # row 50, columns 64 to 128
     (product, _), (gradient, _) = both_ways(torch.randn(9, 192), stack.bytes)
-    assert product[:, 50].isnan().all()
+    assert not product[:, 50].isfinite().any()
     assert product[:, torch.arange(192) != 50].isfinite().all()
     assert gradient[:, 64:128].isnan().all()
     assert gradient[:, :64].isfinite().all()
@@ -187,6 +239,46 @@ def test_zeros_give_zeros_and_numbers_too_small_to_scale_vanish() -> None:
     stack.absmax.zero_()
     for found, _ in both_ways(torch.randn(9, 192), stack.bytes):
         assert not found.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_largest_scale_of_a_row_is_found_wherever_it_stands(kind: str) -> None:
+    """Rows of more than two vectors of 8-bit scales, that begin and end within what shares a scale of scales."""
+    weight = weights(3, 5440, kind=kind)
+    weight.absmax.fill_(0.01 if kind == "plain" else 118 if kind == "mxfp4" else 128)
+    scales = weight.absmax.view(len(TOKENS), 3, -1)
+    for expert in range(len(TOKENS)):
+        for row in range(3):
+            scales[expert, row, (31 * expert + 29 * row) % scales.shape[2]] = 1.0 if kind == "plain" else 129
+    x = torch.randn(sum(TOKENS), 3)
+    wanted = expected(x, weight, 1, transposed=False)
+    torch.testing.assert_close(multiply(x, weight, 5440, False), wanted, rtol=0, atol=1e-3 * float(wanted.std()))
+
+
+@pytest.mark.parametrize("kind", ["double", "plain"])
+def test_scales_may_be_negative(kind: str) -> None:
+    """What quantizing scales leaves of those of a small row is."""
+    stack = square(192, kind)
+    if kind == "plain":
+        stack.absmax[:, ::3] *= -2.0
+    else:
+        stack.offset.zero_()  # the mean of the scales
+    assert 0.2 < (dequantize_absmax(stack.bytes, 0) < 0).float().mean() < 0.8
+    stack.absmax[0, :3] = stack.absmax[0].min()  # and may be all that a row has
+    for found, wanted in both_ways(torch.randn(9, 192), stack.bytes):
+        assert relative_error(found, wanted) < 3e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_another_product_left_in_a_threads_memory_does_not_count(kind: str) -> None:
+    weight, left = weights(40, 192, kind=kind), weights(192, 256)
+    x, gradient = torch.randn(sum(TOKENS), 192), torch.randn(sum(TOKENS), 40)
+    before = multiply(x, weight, 40, True), multiply(gradient, weight, 192, False)
+    nothing = torch.full((sum(TOKENS), 256), float("nan"))
+    for way, found in enumerate(before):
+        multiply(nothing, left, 192, True, torch.float32)
+        again = multiply(gradient, weight, 192, False) if way else multiply(x, weight, 40, True)
+        assert torch.equal(again, found)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -235,8 +327,9 @@ def test_updates_of_some_columns_and_some_experts_are_added_in_float32(rank: int
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
 
 
-def test_same_bytes_by_one_thread_and_by_several() -> None:
-    weight, threads, found = weights(333, 1088), torch.get_num_threads(), []
+@pytest.mark.parametrize("packed", [True, False], ids=["4 bits", "bfloat16"])
+def test_same_bytes_by_one_thread_and_by_several(packed: bool) -> None:
+    weight, threads, found = (weights if packed else dense_weights)(333, 1088), torch.get_num_threads(), []
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
@@ -250,8 +343,9 @@ def test_same_bytes_by_one_thread_and_by_several() -> None:
 
 
 @pytest.mark.parametrize("transposed", [True, False])
-def test_token_gives_the_same_bytes_alone_and_among_others_wherever_it_lies(transposed: bool) -> None:
-    weight = weights(333, 1088)
+@pytest.mark.parametrize("packed", [True, False], ids=["4 bits", "bfloat16"])
+def test_token_gives_the_same_bytes_alone_and_among_others_wherever_it_lies(packed: bool, transposed: bool) -> None:
+    weight = (weights if packed else dense_weights)(333, 1088)
     depth, width = (1088, 333) if transposed else (333, 1088)
     x = torch.randn(sum(TOKENS), depth)
     whole = multiply(x, weight, width, transposed)

@@ -124,6 +124,31 @@ def test_half_precision_stays_within_its_rounding(
     assert_same_as_plain(case, TOLERANCES[coarsest])
 
 
+@pytest.mark.skipif(not native.available(), reason="the native library could not be built here")
+@pytest.mark.usefixtures("small_chunks")
+def test_head_in_bfloat16_is_multiplied_in_integers_where_16_bit_floats_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "bfloat16_arithmetic", lambda: 0)
+    monkeypatch.setattr(chunked, "gemm_dtype", lambda dtype, device: torch.float32)
+    ways: list[tuple[int, bool]] = []
+    multiply = native.grouped_gemm
+
+    def watched(x: Tensor, weight: Tensor, *rest: Any, transposed: bool, dtype: torch.dtype) -> None:
+        ways.append((native.arithmetic(dtype), transposed))
+        multiply(x, weight, *rest, transposed=transposed, dtype=dtype)
+
+    monkeypatch.setattr(native, "grouped_gemm", watched)
+    case = make_case(dtype=torch.bfloat16, width=200, ranks=(3,), bias=True, scale=1.7, softcap=3.0)
+    assert_same_as_plain(case._replace(updates=[]), {"rtol": 2**-8, "atol": 2**-9})
+    assert_same_as_plain(case, TOLERANCES[torch.bfloat16])
+    assert set(ways) == {(native.INTEGERS, True), (native.INTEGERS, False)}
+    ways.clear()
+    for other in (make_case(dtype=torch.bfloat16, weight_dtype=torch.float32), make_case(dtype=torch.float16)):
+        assert_same_as_plain(other, TOLERANCES[torch.bfloat16])
+    assert not ways
+
+
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("small_chunks")
 def test_weight_of_another_dtype_is_converted_and_the_gemm_is_exact(weight_dtype: torch.dtype) -> None:

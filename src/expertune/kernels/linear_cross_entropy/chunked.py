@@ -73,7 +73,7 @@ def forward(
         of_updates = zip(x_of_updates, head.a, head.scalings, strict=True)
         h_nR = torch.cat([b_VR.new_empty(len(x_nD), 0), *(x @ a.float().t() * by for x, a, by in of_updates)], dim=1)
         low_rank = LowRank(h_nR, b_VR, torch.zeros_like(h_nR), d_b_VR)
-        weight = _Weight(head.weight_VD, x_nD)
+        weight = _Weight(head.weight_VD, x_nD, hidden_TD.dtype)
         logits, losses_N[chunk], lse_n = _logits(x_nD, head, low_rank, weight, labels_n)
         if not (hidden_gradient or update_gradients):
             logits.clear()  # before the next chunk's are made
@@ -144,15 +144,16 @@ class _Weight:
     """The head's weight in slices of the vocabulary ("tiles"), each in the dtype of the GEMM when it is used.
 
     On a CPU with AMX the native library multiplies a weight that is bfloat16 as it lies, with float32 results; torch
-    would lay it out anew for each GEMM.
+    would lay it out anew for each GEMM. On one without 16-bit floats it does so in integers, and torch in float32.
     """
 
-    def __init__(self, weight_VD: Tensor, x_nD: Tensor) -> None:
+    def __init__(self, weight_VD: Tensor, x_nD: Tensor, dtype: torch.dtype) -> None:
         self._weight_VD = weight_VD
         vocabulary, width = weight_VD.shape
-        on_cpu, converts = weight_VD.device.type == "cpu", weight_VD.dtype != x_nD.dtype
-        in_bfloat16 = on_cpu and x_nD.dtype == weight_VD.dtype == torch.bfloat16 and weight_VD.stride(1) == 1
-        self._native = in_bfloat16 and native.available() and native.bfloat16_arithmetic() == native.AMX
+        on_cpu = weight_VD.device.type == "cpu"
+        in_bfloat16 = on_cpu and dtype == weight_VD.dtype == torch.bfloat16 and weight_VD.stride(1) == 1
+        self._native = in_bfloat16 and native.available() and native.arithmetic(dtype) in (native.AMX, native.INTEGERS)
+        converts = weight_VD.dtype != x_nD.dtype and not self._native
         budget = LOGIT_TILE_BYTES.get(weight_VD.device.type, LOGIT_TILE_BYTES["cuda"])
         per_column = x_nD.shape[0] * torch.float32.itemsize
         self._columns = _even(vocabulary, budget // per_column) if on_cpu else vocabulary

@@ -75,7 +75,7 @@ def bfloat16_arithmetic() -> int:
 
 
 def arithmetic(dtype: torch.dtype) -> int:
-    """What multiplies NF4 weights with tokens of a dtype: 3 integers, 2 AMX, 1 AVX512-BF16, 0 float32.
+    """What multiplies NF4 or bfloat16 weights with tokens of a dtype: 3 integers, 2 AMX, 1 AVX512-BF16, 0 float32.
 
     Integers are for dtypes of 16 bits where the CPU has no instructions for either: they are faster than float32, and
     closer to it than bfloat16 or float16 would be.
@@ -190,8 +190,8 @@ def grouped_gemm(
         slots: int64 [E], which dense matrix is each expert's, -1 for none, whose tokens get zeros; None where each has
             its own number's.
         dtype: bfloat16 rounds x and NF4 weights to it before they are multiplied, where the CPU has instructions for
-            that and no `slots` are given; where it has none, 16 bits round x and NF4 weights to integers of as many.
-            Sums and updates are float32 in any case.
+            that and no `slots` are given; where it has none, 16 bits round x and weights that are NF4, or bfloat16
+            as `dtype` is, to integers of as many. Sums and updates are float32 in any case.
         dropout: of x, where the weight is dense and `dtype` float32.
         swiglu: y_RN [R, N/2] is silu(gate) * up of the two halves of columns; where `bfloat16_arithmetic` multiplies
             NF4 weights, transposed.
@@ -252,7 +252,7 @@ def _arithmetic_with(weight: Nf4Bytes | Tensor, slots: Tensor | None, dtype: tor
     if isinstance(weight, Nf4Bytes):
         return arithmetic(dtype)
     shared = weight.dtype == dtype == torch.bfloat16 and slots is None
-    return bfloat16_arithmetic() if shared else 0
+    return arithmetic(dtype) if shared else 0
 
 
 def outer(

@@ -29,8 +29,8 @@ FOLDER = Path(__file__).parent
 # Need a compiler that knows AVX512-VNNI, AVX512-BF16 and AMX; the library is of use without them.
 AVX512 = ("panels16.c", "grouped_gemm16.c", "gemv4_dots.c")
 SOURCES = (
-    *("nf4.c", "panels.c", "grouped_gemm.c", "panels_int16.c", "grouped_gemm_int16.c", *AVX512),
-    *("gemv4.c", "gemv4_avx2.c", "attention.c", "dense.c", "swiglu.c", "dropout.c", "cross_entropy.c"),
+    *("nf4.c", "panels.c", "grouped_gemm.c", "panels_int16.c", "rounded_int16.c", "grouped_gemm_int16.c"),
+    *(*AVX512, "gemv4.c", "gemv4_avx2.c", "attention.c", "dense.c", "swiglu.c", "dropout.c", "cross_entropy.c"),
 )
 HEADERS = (
     *("common.h", "grouped_gemm.h", "panels.h", "grouped_gemm16.h", "grouped_gemm_int16.h"),

@@ -137,7 +137,12 @@ def dense_gemv(x_TK: Tensor, weight_NK: Tensor, y_TN: Tensor) -> None:
         x_TK: float32, contiguous; up to `MOST_DENSE` tokens.
         weight_NK: float32 or bfloat16; each row contiguous.
         y_TN: float32, contiguous; overwritten.
+
+    Raises:
+        ValueError: no tokens, or more than that.
     """
+    if not 0 < len(x_TK) <= MOST_DENSE:
+        raise ValueError(f"a call has 1 to {MOST_DENSE} tokens, got {len(x_TK)}")
     call(
         "expertune_dense_gemv",
         ctypes.c_void_p(weight_NK.data_ptr()),

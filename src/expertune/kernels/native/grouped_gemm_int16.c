@@ -1,5 +1,5 @@
-/* Grouped GEMMs with NF4 weights in integers: what grouped_gemm.c does, for tokens of 16 bits where the CPU has AVX2 and
-   multiplies no 16-bit floats. VPMADDWD multiplies and adds 16 pairs of integers where an FMA takes 8 floats.
+/* Grouped GEMMs in integers: what grouped_gemm.c does, for tokens of 16 bits and weights that are NF4, or bfloat16
+   themselves, where the CPU has AVX2 and multiplies no 16-bit floats. VPMADDWD multiplies and adds 16 pairs of integers where an FMA takes 8 floats.
 
    Each block of 64 numbers of a token is rounded to multiples of a scale of its own, and each value of the codebook to
    8192ths (MXFP4's are whole numbers of 1024ths). Products of a block are summed in 32 bits, exactly, and added to y in
@@ -12,7 +12,7 @@
    Where the contraction runs along W's rows (input gradients) a sum meets 64 rows with scales of their own. Rows are
    divided by the largest of their scales, and tokens multiplied with it; what is left of a scale is part of the weights'
    integers, of which 8192 is as much as the largest scale among 64 rows allows. Rows, and columns of blocks, may so
-   differ in size by any factor.
+   differ in size by any factor. Weights in bfloat16 have a scale for each 64 along the contraction, whichever way it runs.
 
    Of normally distributed numbers a token's is off by up to 1/26000 of the largest of its block, and a weight by up to
    1/16384 of its block's, or 1/8192 of its 64 rows' in input gradients; bfloat16 is off by up to 1/512 of each number. A
@@ -114,27 +114,43 @@ typedef struct {
 
 _Static_assert(INTEGER_ROWS % MR == 0 && sizeof(Scratch) <= sizeof(float) * (MC + MR + STRIPE) * KC, "does not fit");
 
+/* The panel of columns of y from n on, of a pass; where the contraction runs along W's rows four are made together. */
+static IntegerPanel panel_at(
+    const Product *p, int64_t e, int64_t k, int64_t depth, int64_t column, int64_t n, int64_t column_end,
+    Magnitudes magnitude, const IntegerPanel w[4])
+{
+    const int64_t at = p->transposed ? 0 : (n - column) / NR % 4;
+    if (p->kind != NF4_WEIGHT) {
+        const uint16_t *dense = (const uint16_t *)p->dense + e * p->dense_expert_stride;
+        if (p->transposed)
+            round_dense_rows(dense, p->dense_stride, n, column_end, k, depth, w[0]);
+        else if (at == 0)
+            round_dense_columns(dense, p->dense_stride, k, depth, n, column_end, w);
+    } else if (p->transposed)
+        look_up_rows(p->nf4, e * p->parts, n, column_end, k, depth, w[0]);
+    else if (at == 0)
+        look_up_columns(p->nf4, e * p->parts, k, depth, n, magnitude, w);
+    return w[at];
+}
+
 void multiply_integers(const Product *p, int64_t e, int64_t row, int64_t rows, int64_t column, int64_t column_end)
 {
     Scratch *own = (Scratch *)panels();
     const IntegerRows x = {own->x, own->x_scales};
     const Magnitudes magnitude = {own->magnitude, own->inverse};
+    const int nf4 = p->kind == NF4_WEIGHT, scaled = nf4 && !p->transposed, halves = nf4 && p->transposed && p->nf4->halves;
     IntegerPanel w[4];
     for (int i = 0; i < 4; i++)
         w[i] = (IntegerPanel){own->w[i], own->w_scales[i]};
     for (int64_t k = 0; k < p->depth; k += DEEP) {
         const int64_t depth = p->depth - k < DEEP ? p->depth - k : DEEP, blocks = (depth + BLOCK - 1) / BLOCK;
-        if (!p->transposed)
+        if (scaled)
             magnitudes(p->nf4, e * p->parts, k, depth, magnitude);
-        round_rows(p, row, rows, k, depth, p->transposed ? NULL : magnitude.each, x);
+        round_rows(p, row, rows, k, depth, scaled ? magnitude.each : NULL, x);
         for (int64_t n = column; n < column_end; n += NR) {
-            const int64_t at = p->transposed ? 0 : (n - column) / NR % 4;
-            if (p->transposed)
-                look_up_rows(p->nf4, e * p->parts, n, column_end, k, depth, w[0]);
-            else if (at == 0)
-                look_up_columns(p->nf4, e * p->parts, k, depth, n, magnitude, w);
+            const IntegerPanel panel = panel_at(p, e, k, depth, column, n, column_end, magnitude, w);
             float *y = p->y + row * p->y_stride + n;
-            multiply_rows(p->transposed && p->nf4->halves, x, w[at], rows, blocks, y, p->y_stride, column_end - n, k > 0);
+            multiply_rows(halves, x, panel, rows, blocks, y, p->y_stride, column_end - n, k > 0);
         }
     }
 }

@@ -1,82 +1,7 @@
-/* Panels of the GEMMs in integers: tokens are rounded block by block, weights looked up as integers. */
+/* Panels of the GEMMs in integers: weights of 4 bits, looked up as integers. */
 #include "grouped_gemm_int16.h"
 
 #include <math.h>
-
-/* ---- x ----------------------------------------------------------------------------------------------------------- */
-
-INLINE float largest_of(__m256 v)
-{
-    __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
-    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
-}
-
-INLINE float sum_of(__m256 v)
-{
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-
-/* 64 numbers -> integers, no magnitude above 32767 and their magnitudes together at most MOST_SUM; returns what one is
-   worth: NaN where a number is not finite. */
-INLINE float round_block(const __m256 v[8], Pair to[BLOCK / 2])
-{
-    const __m256 sign = _mm256_set1_ps(-0.0f), part = _mm256_set1_ps(1.0f / BLOCK);
-    __m256 most = _mm256_setzero_ps(), mean = _mm256_setzero_ps();
-    for (int i = 0; i < 8; i++) {
-        __m256 size = _mm256_andnot_ps(sign, v[i]);
-        most = _mm256_max_ps(most, size);
-        mean = _mm256_fmadd_ps(size, part, mean);
-    }
-    const float peak = largest_of(most), average = sum_of(mean);
-    const int finite = average <= FLT_MAX;
-    /* Below 2 ** -112 the quotient would overflow, and the sum is nothing beside any other. Each number rounds by at most
-       1/2, and the average's own rounding is worth less than 32. */
-    const int counts = finite && peak > 1.9e-34f;
-    const float by_peak = 32767.0f / peak, by_sum = (float)(MOST_SUM - 64) / BLOCK / average;
-    const float factor = counts ? (by_peak < by_sum ? by_peak : by_sum) : 0.0f;
-    const __m256 each = _mm256_set1_ps(factor);
-    for (int i = 0; i < 8; i += 2) {
-        __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], each)), high = _mm256_cvtps_epi32(_mm256_mul_ps(v[i + 1], each));
-        if (!finite)
-            low = high = _mm256_setzero_si256();
-        _mm256_storeu_si256((__m256i *)(to + 4 * i), _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8));
-    }
-    return counts ? 1.0f / factor : finite ? 0.0f : NAN;
-}
-
-void round_rows(const Product *p, int64_t row, int64_t rows, int64_t k, int64_t depth, const float *magnitude, IntegerRows to)
-{
-    for (int64_t first = 0; first < rows; first += MR, to.pairs += MR * DEEP / 2, to.scales += MR * DEEP / BLOCK) {
-        const int count = (int)(rows - first < MR ? rows - first : MR);
-        const float *from[MR];
-        for (int i = 0; i < count; i++)
-            from[i] = p->x + (p->index == NULL ? row + first + i : p->index[row + first + i]) * p->x_stride + k;
-        for (int64_t at = 0; at < depth; at += BLOCK) {
-            Pair integers[MR][BLOCK / 2], *pairs = to.pairs + at / 2 * MR;
-            float edge[BLOCK] = {0};
-            for (int i = 0; i < count; i++) {
-                const float *block = from[i] + at;
-                if (depth - at < BLOCK)
-                    block = memcpy(edge, block, sizeof(float) * (size_t)(depth - at));
-                __m256 v[8];
-                for (int j = 0; j < 8; j++) {
-                    v[j] = _mm256_loadu_ps(block + 8 * j);
-                    if (magnitude != NULL)
-                        v[j] = _mm256_mul_ps(v[j], _mm256_loadu_ps(magnitude + at + 8 * j));
-                }
-                to.scales[at / BLOCK * MR + i] = round_block(v, integers[i]);
-            }
-            for (int64_t j = 0; j < BLOCK / 2; j++, pairs += MR)
-                for (int i = 0; i < count; i++)
-                    pairs[i] = integers[i][j];
-        }
-    }
-}
-
-/* ---- W ----------------------------------------------------------------------------------------------------------- */
 
 /* The low and the high bytes of a codebook's 16 values as integers of which 1 is `unit`. */
 typedef struct {
@@ -169,36 +94,48 @@ void look_up_rows(const Nf4 *w, int64_t first_matrix, int64_t row, int64_t end, 
     BY_KIND(w, look_up_rows_of, w, first_matrix, row, end, k, depth, to)
 }
 
-INLINE uint8_t largest_byte(const uint8_t *from, int64_t count)
+/* The largest and the least of some bytes. */
+INLINE void extremes(const uint8_t *from, int64_t count, uint8_t *largest, uint8_t *least)
 {
-    __m256i most = _mm256_setzero_si256();
-    uint8_t lanes[32], largest = 0;
+    __m256i most = _mm256_setzero_si256(), fewest = _mm256_set1_epi8(-1);
+    uint8_t lanes[64];
     int64_t i = 0;
-    for (; i + 32 <= count; i += 32)
-        most = _mm256_max_epu8(most, _mm256_loadu_si256((const __m256i *)(from + i)));
-    _mm256_storeu_si256((__m256i *)lanes, most);
-    for (int j = 0; j < 32; j++)
-        largest = lanes[j] > largest ? lanes[j] : largest;
-    for (; i < count; i++)
-        largest = from[i] > largest ? from[i] : largest;
-    return largest;
+    for (; i + 32 <= count; i += 32) {
+        const __m256i bytes = _mm256_loadu_si256((const __m256i *)(from + i));
+        most = _mm256_max_epu8(most, bytes), fewest = _mm256_min_epu8(fewest, bytes);
+    }
+    _mm256_storeu_si256((__m256i *)lanes, most), _mm256_storeu_si256((__m256i *)(lanes + 32), fewest);
+    *largest = 0, *least = 255;
+    for (int j = 0; j < 32; j++) {
+        *largest = lanes[j] > *largest ? lanes[j] : *largest;
+        *least = lanes[32 + j] < *least ? lanes[32 + j] : *least;
+    }
+    for (; i < count; i++) {
+        *largest = from[i] > *largest ? from[i] : *largest;
+        *least = from[i] < *least ? from[i] : *least;
+    }
 }
 
-/* The largest scale of a row's blocks, whose first one is number `block`: the 8-bit codes are in their values' order. */
+/* The largest scale of a row's blocks, whose first one is number `block`. The 8-bit codes are in their values' order; of
+   small rows what quantizing scales left may be negative. */
 INLINE float largest_scale(int kind, const Matrix *m, int64_t block, int64_t blocks)
 {
-    if (kind == HALVES)
-        return power_of_two(largest_byte(m->codes + 2 * block, 2 * blocks));
+    uint8_t most, least;
     float largest = 0.0f;
+    if (kind == HALVES) {
+        extremes(m->codes + 2 * block, 2 * blocks, &most, &least);
+        return power_of_two(most);
+    }
     if (kind == PLAIN_ABSMAX)
         for (int64_t i = 0; i < blocks; i++)
             largest = fabsf(m->absmax[block + i]) > largest ? fabsf(m->absmax[block + i]) : largest;
     for (int64_t at = block; kind == DOUBLE_QUANTIZED && at < block + blocks;) {
         int64_t end = (at / NESTED_BLOCK + 1) * NESTED_BLOCK;
         end = end < block + blocks ? end : block + blocks;
+        extremes(m->codes + at, end - at, &most, &least);
         const float nested = m->nested[at / NESTED_BLOCK];
-        const float scale = m->codebook[largest_byte(m->codes + at, end - at)] * nested + m->offset;
-        largest = fabsf(scale) > largest ? fabsf(scale) : largest;
+        const float high = m->codebook[most] * nested + m->offset, low = m->codebook[least] * nested + m->offset;
+        largest = fmaxf(largest, fmaxf(fabsf(high), fabsf(low)));
         at = end;
     }
     return largest;
@@ -280,7 +217,7 @@ INLINE float round_scales(const float scales[BLOCK], int16_t to[BLOCK])
 
 INLINE void look_up_columns_of(
     int kind, const Nf4 *w, int64_t first_matrix, int64_t k, int64_t depth, int64_t column, Magnitudes magnitude,
-    IntegerPanel to[4])
+    const IntegerPanel to[4])
 {
     const float unit = unit_of(w, MULHRS_ONE), worth = MULHRS_ONE / MOST_WEIGHT / unit;
     const Bytes table = bytes_of(w, unit);
@@ -316,7 +253,7 @@ INLINE void look_up_columns_of(
 }
 
 void look_up_columns(
-    const Nf4 *w, int64_t first_matrix, int64_t k, int64_t depth, int64_t column, Magnitudes magnitude, IntegerPanel to[4])
+    const Nf4 *w, int64_t first_matrix, int64_t k, int64_t depth, int64_t column, Magnitudes magnitude, const IntegerPanel to[4])
 {
     BY_KIND(w, look_up_columns_of, w, first_matrix, k, depth, column, magnitude, to)
 }
