@@ -30,6 +30,7 @@ from expertune.distributed.sharded import Sharing
 from expertune.errors import CheckpointError, ExportError
 from expertune.experts.contract import find_experts
 from expertune.experts.module import Nf4Experts
+from expertune.layers.dense_linear import use_dense_linear
 from expertune.layers.varlen_attention import use_varlen_attention
 
 
@@ -197,7 +198,11 @@ def _finish(model: PreTrainedModel, names: NameMap, device: torch.device | str) 
 
 
 def prepare_for_adapters(model: PreTrainedModel, names: NameMap) -> None:
-    """What PEFT, and whoever attaches and writes adapters, reads from a model with 4-bit experts."""
+    """What PEFT, and whoever attaches and writes adapters, reads from a model with 4-bit experts.
+
+    And its linears that are left in 16 bits multiply as is fast on this CPU.
+    """
+    use_dense_linear(model)
     # By this flag PEFT adapts `Linear4bit` layers as 4-bit ones.
     model.is_loaded_in_4bit = True
     model.nf4_names = names

@@ -1,0 +1,39 @@
+"""A linear left in 16 bits, on a CPU that multiplies no 16-bit floats: `expertune.kernels.dense_linear` runs.
+
+With `quantization.layers: 16` these are all but the experts; else the output head, where no loss or answer takes it by
+itself, and what a family keeps beside its layers.
+"""
+
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+
+from expertune.kernels import few_tokens
+from expertune.kernels.cpu import gemm_dtype
+from expertune.kernels.dense_linear import HALVES, dense_linear
+
+
+def use_dense_linear(model: nn.Module) -> None:
+    """Let the model's frozen 16-bit linears multiply there, where this CPU has no instructions for their dtype.
+
+    Each gets a forward of its own and remains torch's class in the eyes of PEFT and of all who ask.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+            dtype: torch.dtype = module.weight.dtype
+            if dtype in HALVES and gemm_dtype(dtype, torch.device("cpu")) != dtype:
+                module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+
+
+def _forward(linear: nn.Linear, x: Tensor) -> Tensor:
+    """[..., in_features] -> [..., out_features]."""
+    weight, bias = linear.weight, linear.bias
+    elsewhere = x.device.type != "cpu" or weight.device.type != "cpu"
+    if elsewhere or x.dtype != weight.dtype or x.dtype not in HALVES or weight.requires_grad:
+        return nn.functional.linear(x, weight, bias)
+    if few_tokens.serves_dense(x, weight):
+        y = few_tokens.dense(x, weight)
+    else:
+        y = dense_linear(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(weight))
+    return y if bias is None else y + bias
