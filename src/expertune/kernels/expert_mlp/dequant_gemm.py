@@ -18,6 +18,8 @@ from expertune.kernels.expert_mlp.plan import (
     Chunk,
     FrozenLayer,
     Gradients,
+    activate,
+    activation_backward,
     bias_gradient,
     combine,
     differentiable,
@@ -47,7 +49,7 @@ def forward(chunk: Chunk, layer: FrozenLayer, updates: list[LoraUpdate], h: list
         gate_up = _gate_up(x_ND, expert, layer, own_updates, h_N, number_N, scratch)
         if chunk.gate_up_RN is not None:
             chunk.gate_up_RN[span] = gate_up
-        x_NF = layer.activation.function(gate_up)
+        x_NF = activate(gate_up, layer)
         for update, low in zip(own_updates, h_N, strict=True):
             if update.part == layer.num_parts:
                 _shrink(x_NF, update, low, number_N)
@@ -169,7 +171,7 @@ def _after_backward(
     """
     assert layer.activation.after is not None
     gate_up = _gate_up(x_ND, expert, layer, updates, h, number_N, scratch) if kept is None else kept
-    x_NF = layer.activation.function(gate_up)
+    x_NF = activate(gate_up, layer)
     y_ND = _down(x_NF, expert, layer, updates, h, number_N, scratch).detach().requires_grad_()
     with differentiable():
         out_ND = layer.activation.after(y_ND)
@@ -242,24 +244,21 @@ def _expert_backward(
             before_gain = _add_inner(gate_up, expert, layer, updates, h, columns, w_gate_up, dropped_x)
         else:
             gate_up = kept.unflatten(1, (num_parts, size))[:, :, columns].flatten(1)
-        gate_up.requires_grad_()
-        with differentiable():
-            x_NF = layer.activation.function(gate_up)
-        inter_NF = x_NF.detach()
-        if inter_whole_NF is not None:
-            inter_whole_NF[:, columns] = inter_NF
-
-        # Before the router's weight is applied, so that <inter, dInter> is the weight's own gradient.
         dinter_NF = dinter_of_down_NF[:, columns]
         for u, update in enumerate(updates):
             if update.part == num_parts:
                 low = dh[u] @ update.a[:, columns].float()
                 low = low + ddropped[u][:, columns] if u in on_dropped else low
                 dinter_NF += _drop(low, update, number_N, start, size)
+        inter_NF, dgate_up = activation_backward(gate_up, dinter_NF, weight_N1, layer)
+        if inter_whole_NF is not None:
+            inter_whole_NF[:, columns] = inter_NF
+        for u, update in enumerate(updates):
+            if update.part == num_parts:
                 dropped = _drop(inter_NF.float(), update, number_N, start, size)
                 da[u][:, columns] += (dh[u] * weight_N1).t() @ dropped
+        # Before the router's weight is applied, so that <inter, dInter> is the weight's own gradient.
         dweight_N += torch.linalg.vecdot(inter_NF.float(), dinter_NF.float())
-        (dgate_up,) = torch.autograd.grad(x_NF, gate_up, (dinter_NF * weight_N1).to(x_NF.dtype))
 
         dscaled_parts: dict[int, Tensor] = {}
         for u, scaled in before_gain.items():

@@ -11,7 +11,6 @@ Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per toke
 of the first GEMM, r rank.
 """
 
-from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -28,6 +27,7 @@ from expertune.kernels.expert_mlp.plan import (
     bias_gradient,
     combine,
     differentiable,
+    pieces,
     sort_by_expert,
 )
 from expertune.kernels.lora import LoraUpdate, updates_by_expert
@@ -35,9 +35,6 @@ from expertune.kernels.workspace import as_float
 
 # Gradients of A and B are added to what is there.
 overwrites = False
-
-# Gate and up of the tokens whose activation a family's own code computes at once: enough for each of its operators.
-_ACTIVATED_BYTES = 4 * 2**20
 
 
 def forward(chunk: Chunk, layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor], out_TD: Tensor) -> None:
@@ -250,7 +247,7 @@ def _activate(gate_up: Tensor, layer: FrozenLayer) -> Tensor:
     if layer.activation.swiglu:
         native.swiglu(gate_up, out)
     else:
-        for rows in _pieces(gate_up):
+        for rows in pieces(gate_up):
             out[rows] = layer.activation.function(gate_up[rows])
     return out
 
@@ -266,7 +263,7 @@ def _activation_backward(
     if layer.activation.swiglu:
         native.swiglu_backward(gate_up, dinter_RF, weight_R, dgate_up, dweight_R)
         return dinter_RF, dgate_up, dweight_R
-    for rows in _pieces(gate_up):
+    for rows in pieces(gate_up):
         dinter = dinter_RF[rows]
         piece = gate_up[rows].detach().requires_grad_()
         with differentiable():
@@ -275,15 +272,6 @@ def _activation_backward(
         (dgate_up[rows],) = torch.autograd.grad(activated, piece, dinter.mul_(weight_R[rows, None]))
         dinter.copy_(activated.detach())
     return dinter_RF, dgate_up, dweight_R
-
-
-def _pieces(gate_up: Tensor) -> Iterator[slice]:
-    """Rows of which `_ACTIVATED_BYTES` are gate and up.
-
-    What autograd keeps of an activation, and the gradients between its parts, come to several times its input.
-    """
-    step = max(_ACTIVATED_BYTES // (gate_up.shape[1] * gate_up.itemsize), 1)
-    return (slice(start, start + step) for start in range(0, gate_up.shape[0], step))
 
 
 def _inner(layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor]) -> list[tuple[LoraUpdate, Tensor]]:

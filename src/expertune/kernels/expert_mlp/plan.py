@@ -11,6 +11,9 @@ from torch import Tensor
 from expertune.kernels.amounts import bytes_per_gained_token, bytes_per_routed_token
 from expertune.kernels.nf4 import Nf4Bytes
 
+# On a CPU, gate and up of the tokens whose activation torch computes at once: enough for each of its operators.
+_ACTIVATED_BYTES = 4 * 2**20
+
 
 @dataclass(frozen=True, eq=False)
 class Activation:
@@ -158,6 +161,49 @@ def differentiable() -> Iterator[None]:
         torch.enable_grad(),
     ):
         yield
+
+
+def pieces(gate_up: Tensor) -> list[slice]:
+    """On a CPU, rows of which `_ACTIVATED_BYTES` are gate and up; elsewhere all of them at once.
+
+    What autograd keeps of an activation, and the gradients between its parts, come to several times its input.
+    """
+    num_rows = gate_up.shape[0]
+    if gate_up.device.type != "cpu":
+        return [slice(0, num_rows)]
+    step = max(_ACTIVATED_BYTES // (gate_up.shape[1] * gate_up.itemsize), 1)
+    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+
+def activate(gate_up: Tensor, layer: FrozenLayer) -> Tensor:
+    """What the activation makes of [N, P * F], some tokens at a time: [N, F]."""
+    all_rows = pieces(gate_up)
+    if len(all_rows) == 1:
+        return layer.activation.function(gate_up)
+    x_NF = gate_up.new_empty(gate_up.shape[0], layer.intermediate_size)
+    for rows in all_rows:
+        x_NF[rows] = layer.activation.function(gate_up[rows])
+    return x_NF
+
+
+def activation_backward(
+    gate_up: Tensor, dinter_NF: Tensor, weight_N1: Tensor, layer: FrozenLayer
+) -> tuple[Tensor, Tensor]:
+    """What the activation gives on some columns [N, width], and the gradient of its input [N, P * width].
+
+    `dinter_NF` is the gradient of what it gives times the router's weight.
+    """
+    all_rows = pieces(gate_up)
+    inter_NF, dgate_up = torch.empty_like(dinter_NF), torch.empty_like(gate_up)
+    for rows in all_rows:
+        piece = gate_up[rows].detach().requires_grad_()
+        with differentiable():
+            x_NF = layer.activation.function(piece)
+        (dpiece,) = torch.autograd.grad(x_NF, piece, (dinter_NF[rows] * weight_N1[rows]).to(x_NF.dtype))
+        if len(all_rows) == 1:
+            return x_NF.detach(), dpiece
+        inter_NF[rows], dgate_up[rows] = x_NF.detach(), dpiece
+    return inter_NF, dgate_up
 
 
 def combine(y_RD: Tensor, inverse_R: Tensor, num_tokens: int) -> Tensor:
