@@ -38,6 +38,7 @@ OPTIONS = (
     *("-p", "no:logging"),  # looks at each of two thousand loggers, six times a test; what they say is on stderr
     *("-o", "console_output_style=classic"),  # no parts of a whole, of which each process runs some
     *("-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"),
+    *("--durations", "15", "--durations-min", "3"),  # where time goes, of each process
 )
 
 
