@@ -15,7 +15,7 @@ from expertune.planning import Plan, kept_files, reading, tokenized
 from expertune.planning.devices import Machine
 from expertune.planning.kept_files import libraries, of_folder
 from expertune.planning.plan import plan_for
-from expertune.planning.recall import may_recall, recall_lengths, recall_shapes, would_keep
+from expertune.planning.recall import may_recall, recall_lengths, recall_shapes
 from expertune.planning.table import as_text
 from tests.planning.conftest import FILES, TINY_MIXTRAL
 from tests.tiny_models import save_tiny_model
@@ -148,16 +148,6 @@ def test_what_a_run_file_says_of_its_weights_is_planned_although_the_model_is_kn
     other = planned(config, gpu="h100")
     assert other.weights == plan_for(config, Machine.of(config, gpu="h100")).weights
     assert other.weights != known.weights
-
-
-def test_it_is_known_whether_a_plan_would_keep_a_models_shapes(run_of, kept, tmp_path):
-    config = run_of("mixtral-8x7b-v0.1")
-    assert would_keep(config)
-    planned(config, gpu="h100")
-    assert not would_keep(config)
-    assert would_keep(run_of("mixtral-8x7b-v0.1", quantization={"double_quantization": False}))
-    assert not would_keep(run_of("owner/name"))
-    assert not would_keep(run_of("qwen3-30b-a3b", lora={"init_from": str(tmp_path)}))
 
 
 def test_models_with_code_of_their_own_and_programs_with_transformers_are_planned_anew(monkeypatch):

@@ -2,7 +2,6 @@
 
 import shlex
 from contextlib import nullcontext
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +14,6 @@ from expertune.cli.lazy_torch import import_torch_when_used
 from expertune.distributed.processes import launched
 from expertune.errors import ConfigError
 from expertune.gpus import find_device
-from expertune.placement.presence import may_have_gpu
 from expertune.run.signals import Terminated
 from expertune.storage import write_text
 from expertune.terminal import importing, log, log_error, print_json, print_table, stdout_for_results, working
@@ -108,19 +106,9 @@ def plan(
 
         parse_size(memory)
     import_torch_when_used()
-    with importing():
-        from expertune.planning.ahead import plan_ahead
-        from expertune.planning.recall import may_recall, would_keep
-
-    make = partial(expertune.plan, config, gpu=gpu, memory=memory, devices=devices, trust_remote_code=trust_remote_code)
-    needs_torch = gpu is None and may_have_gpu()  # in this process as well, which is as much as the other saves
-    is_first = not needs_torch and may_recall(trust_remote_code) and would_keep(config)
-    wait = plan_ahead(make) if is_first else None
     # What no plan has kept is read with libraries that are imported then.
     with stdout_for_results(), working("planning"), importing():
-        if wait:
-            wait()
-        made = make()
+        made = expertune.plan(config, gpu=gpu, memory=memory, devices=devices, trust_remote_code=trust_remote_code)
     if as_json:
         print_json(made.to_json())
     else:

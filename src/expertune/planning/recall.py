@@ -14,8 +14,7 @@ from typing import Any
 from expertune.config import RunConfig
 from expertune.data.sources import find_source
 from expertune.errors import ExpertuneError
-from expertune.kernels.amounts import BFLOAT16, DTYPES, Dtype
-from expertune.kernels.cache import path_of
+from expertune.kernels.amounts import Dtype
 from expertune.planning.duration import Lengths
 from expertune.planning.kept_files import kept, libraries, of_folder
 from expertune.planning.shapes import Shapes, find_config
@@ -69,17 +68,6 @@ def recall_shapes(config: RunConfig, compute_dtype: Dtype, trust_remote_code: bo
         return kept("cached", decides, lambda: read().inventory.cached_numbers, _form(int))
 
     return replace(found, inventory=replace(found.inventory, count_cached=count))
-
-
-def would_keep(config: RunConfig) -> bool:
-    """Whether a plan of a run has a model in a folder to read first, whose shapes it then keeps."""
-    folder = Path(config.model).expanduser()
-    if config.lora.init_from or not folder.is_dir():
-        return False
-    decides = _known(_OF_SHAPES, lambda: _of_model(config, BFLOAT16, folder, False))
-    return decides is not None and not any(
-        path_of("shapes", decides | {"dtype": dtype}, "plans").exists() for dtype in DTYPES
-    )
 
 
 def _of_model(config: RunConfig, compute_dtype: Dtype, folder: Path, on_hub: bool) -> dict[str, Any] | None:
