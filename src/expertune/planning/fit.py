@@ -2,7 +2,7 @@
 
 Each is tried by planning the changed run. They stand in the order of what they cost: first what costs the result least,
 and of changes that cost it nothing what costs the least time. A smaller working set and smaller batches cost only time;
-recomputing layers costs about a third more compute; what is offloaded has to be transferred; shorter sequences cut
+checkpointing computes all but the experts once more; what is offloaded has to be transferred; shorter sequences cut
 data; a smaller rank changes what can be learned.
 """
 
@@ -212,7 +212,7 @@ def _candidates(config: RunConfig, room: Room) -> list[_Candidate]:
         ),
         _Candidate(_halves("task.batch_size", answered_at_once(config), 1), "slower answers"),
         _Candidate(splits, "smaller products, slower; the same tokens a step"),
-        _Candidate(checkpoints, "about a third more compute"),
+        _Candidate(checkpoints, "all but the experts is computed again in backward"),
         _Candidate(_working_set("128MiB", 2**27, working_set), "fewer tokens at a time, much slower; the same step"),
         _Candidate([{"offload_activations": True}] if offloads else [], "activations are copied to the host and back"),
         _Candidate([{"placement": lower}] if places else [], f"experts are {origin} for each layer"),

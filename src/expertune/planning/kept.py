@@ -46,7 +46,8 @@ class KeptLayers:
     def words(self) -> str:
         """What is kept, and of how many layers."""
         which = f"all {self.layers}" if self.layers == self.of_layers else f"{self.layers} of {self.of_layers}"
-        return f"gate and up of {which} expert layers for backward ({format_size(self.num_bytes)})"
+        layers = "the expert layer" if self.of_layers == 1 else f"{which} expert layers"
+        return f"gate and up of {layers} for backward ({format_size(self.num_bytes)})"
 
     @property
     def line(self) -> str | None:

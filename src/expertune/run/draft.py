@@ -48,7 +48,7 @@ _REASONS = {
     "training.learning_rate": "The rate of the QLoRA paper for models of up to 13B weights (Dettmers et al. 2023; 1e-4 "
     "for larger ones). transformers' own default, 5e-5, moves an adapter that starts at zero very little.",
     "training.lr_scheduler_type": "The rate falls to zero, so that the last steps settle.",
-    "training.gradient_checkpointing": "Layers are computed again in backward: a third more compute, far less memory.",
+    "training.gradient_checkpointing": "Layers are computed again in backward, all but their experts: far less memory.",
     "training.load_best_model_at_end": "The adapter of the lowest evaluation loss, which is not always the last.",
     "training.save_total_limit": "The best checkpoint and the last.",
 }
