@@ -66,6 +66,7 @@ class Rates:
         bytes_per_second: of the memory that GEMMs read.
         link_bytes_per_second: from where layers are offloaded to: the host link, or a disk.
         was_busy: other programs kept the machine busy while it was measured: alone it is faster.
+        integer_flops_per_second: GEMMs with weights, where these are in integers and have a rate of their own.
     """
 
     source: str
@@ -73,6 +74,7 @@ class Rates:
     bytes_per_second: float
     link_bytes_per_second: float
     was_busy: bool = False
+    integer_flops_per_second: float | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from expertune.kernels import cpu_rates
+from expertune.kernels import cpu_rates, native
 from expertune.kernels.amounts import FLOAT32
 from expertune.kernels.cpu_rates import CpuRates
 
@@ -58,6 +58,27 @@ def test_rates_of_a_busy_machine_are_the_fastest_seen_and_are_measured_again_lat
     free = rates((0.1, 0.0))
     assert not free.was_busy
     assert free.flops_per_second == pytest.approx(4 * busy.flops_per_second)
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library could not be built here")
+def test_rate_of_integers_is_measured_once_and_found_only_while_the_library_is_in_use(monkeypatch, folder):
+    monkeypatch.setattr(cpu_rates, "_PRODUCT", (8, 128, 64))
+    monkeypatch.setattr(cpu_rates, "_timed", lambda run: (run(), (0.1, 0.0))[1])
+    measure = cpu_rates.integer_rate.__wrapped__
+    found = measure(THREADS)
+    assert found.flops_per_second == 2 * 2 * 8 * 128 * 64 / 0.1
+    assert not found.was_busy
+    assert len(list(folder.glob("rates-*.json"))) == 1
+    monkeypatch.setattr(cpu_rates, "_timed", lambda run: (1.0, 0.0))
+    assert measure(THREADS) == found
+    monkeypatch.setenv("EXPERTUNE_NATIVE", "0")
+    assert measure(THREADS) is None
+
+
+def test_rate_of_integers_is_none_where_the_library_cannot_be_built(monkeypatch, folder):
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert cpu_rates.integer_rate.__wrapped__(THREADS) is None
+    assert not list(folder.glob("rates-*.json"))
 
 
 @pytest.mark.parametrize(("lost", "is_busy"), [(0.5, False), (0.7, True)])

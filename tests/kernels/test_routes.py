@@ -96,6 +96,16 @@ def test_products_in_integers_are_measured_and_named_for_themselves(
 
 
 @needs_native
+@pytest.mark.parametrize("route", ["auto", "dequant_gemm"])
+def test_record_says_what_the_fused_route_multiplies_in_where_a_run_takes_it(
+    route: routes.Route, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "bfloat16_arithmetic", lambda: 0)
+    described = KernelSettings(route, crossover=64).describe(CPU, torch.bfloat16)
+    assert described.get("fused_in") == ("integers of 16 bits" if route == "auto" else None)
+
+
+@needs_native
 def test_measuring_finds_one_of_the_token_counts_it_tries() -> None:
     assert routes._measure(torch.float32) in (*routes._TOKENS, routes._NEVER)
 

@@ -1,17 +1,20 @@
 """Devices by name, where experts are held, how long a step takes, and changes as lines of a run file."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 import yaml
 
 from expertune import load_config
 from expertune.errors import ConfigError
 from expertune.gpus import DEVICES, device_of_this_name, find_device
-from expertune.kernels import cpu_rates
-from expertune.kernels.cpu_rates import CpuRates
+from expertune.kernels import cpu_rates, native, routes
+from expertune.kernels.cpu_rates import CpuRates, ProductRate
+from expertune.kernels.processor import Processor
 from expertune.planning import devices, make_plan, speed
 from expertune.planning.devices import Machine
 from expertune.planning.duration import Lengths
@@ -217,6 +220,48 @@ def test_a_speed_that_was_measured_on_a_busy_machine_is_said_to_be(run_of, tiny_
     monkeypatch.setattr(devices, "cpu_rates", lambda dtype, threads: CpuRates(0, 1e11, 1e10))
     plan = make_plan(run_of(model, training={"max_steps": 5}), device="cpu").timed(Lengths(100, 320))
     assert "busy" not in as_text(plan)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("route", ["auto", "dequant_gemm"])
+@pytest.mark.parametrize("has_library", [True, False])
+def test_plan_says_what_products_are_in_as_a_run_does(run_of, monkeypatch, dtype, route, has_library):
+    if has_library and not native.available():
+        pytest.skip("the native library could not be built here")
+    monkeypatch.setattr(native, "available", lambda: has_library)
+    monkeypatch.setattr(devices, "integer_rate", lambda threads: ProductRate(0, 2e11) if has_library else None)
+    plan = make_plan(run_of(MIXTRAL, quantization={"compute_dtype": dtype}, kernels={"route": route}), device="cpu")
+    described = routes.KernelSettings(route, crossover=64).describe(torch.device("cpu"), getattr(torch, dtype))
+    (said,) = re.findall(r"products in [\w ]+", as_text(plan, 200))
+    assert re.match(r"products in [\w ]+?(?=,| by torch)", routes.summarize(described))[0] == said
+
+
+def on_avx2(monkeypatch, rate: float | None = None) -> None:
+    """A CPU without products of 16-bit floats, whose products take so many operations a second, and others 1e11."""
+    monkeypatch.setattr(devices, "processor", lambda: Processor(("avx2", "fma3"), 2))
+    monkeypatch.setattr(devices, "cpu_rates", lambda dtype, threads: CpuRates(0, 1e11, 1e10))
+    monkeypatch.setattr(devices, "integer_rate", lambda threads: ProductRate(0, rate) if rate else None)
+
+
+def test_products_in_integers_have_a_rate_of_their_own(run_of, monkeypatch):
+    times = {}
+    for rate in (None, 1e11, 2e11):
+        on_avx2(monkeypatch, rate)
+        run = run_of(MIXTRAL, quantization={"compute_dtype": "bfloat16"})
+        times[rate] = make_plan(run, device="cpu").time
+    assert times[1e11].seconds == pytest.approx(times[None].seconds)
+    assert times[1e11].flops == times[2e11].flops == times[None].flops
+    # Products with weights are nearly all of it; attention and adapter are as fast as they were.
+    assert 0.5 < times[2e11].seconds / times[None].seconds < 0.55
+    assert "at 0.1 TFLOP/s, 0.2 in integers (measured)" in as_text(make_plan(run, device="cpu"), 500)
+
+
+@pytest.mark.parametrize("sections", [{}, {"kernels": {"route": "dequant_gemm"}}])
+def test_products_in_floats_have_one_rate_though_integers_are_faster(run_of, monkeypatch, sections):
+    on_avx2(monkeypatch, 2e11)
+    dtype = "bfloat16" if sections else "float32"
+    time = make_plan(run_of(MIXTRAL, quantization={"compute_dtype": dtype}, **sections), device="cpu").time
+    assert time.rates.integer_flops_per_second is None
 
 
 # --- changes as lines of a run file ---------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """How fast this CPU is: measured once on a machine, and kept; again and again while other programs keep it busy."""
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 from expertune.kernels.amounts import Dtype
 from expertune.kernels.cache import path_of, remember
 from expertune.kernels.limits import cgroup_share, read
-from expertune.kernels.processor import cpu_name, processor
+from expertune.kernels.processor import INTEGERS, SWITCH, cpu_name, processor
 
 # Rows, depth and columns of the product, and bytes of the copy.
 _PRODUCT = (512, 2048, 2048)
@@ -29,6 +31,21 @@ _LOST = 0.1
 _BUSY_SECONDS = 600
 
 _THREADS = Path("/proc/self/task")
+
+
+@dataclass(frozen=True)
+class ProductRate:
+    """How fast this CPU multiplies 4-bit weights.
+
+    Attributes:
+        measured_at: see `CpuRates`.
+        flops_per_second: of products and their input gradients, as many operations as floats would take.
+        was_busy: see `CpuRates`.
+    """
+
+    measured_at: float
+    flops_per_second: float
+    was_busy: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,23 +65,40 @@ class CpuRates:
     was_busy: bool = False
 
 
+T = TypeVar("T", ProductRate, CpuRates)
+
+
 @cache
 def cpu_rates(dtype: Dtype, threads: int) -> CpuRates:
     """Rates of this CPU: from the user's cache, or measured in a second."""
-    machine = [version("torch"), f"torch.{dtype.name}", cpu_name(), *processor().instruction_sets, threads]
-    return remember(
-        path_of("rates", machine),
-        lambda: _measure(dtype, threads),
-        lambda rates: json.dumps(asdict(rates)),
-        _loaded,
-    )
+    return _kept(CpuRates, f"torch.{dtype.name}", threads, lambda: _measure(dtype, threads))
 
 
-def _loaded(text: str) -> CpuRates:
-    kept = CpuRates(**json.loads(text))
-    if kept.was_busy and not 0 <= time.time() - kept.measured_at < _BUSY_SECONDS:
-        raise ValueError("by now the machine may be free")
-    return kept
+@cache
+def integer_rate(threads: int) -> ProductRate | None:
+    """The same of products with 4-bit weights in integers of 16 bits; None where the native library is not in use."""
+    if os.environ.get(SWITCH) == "0":
+        return None
+    with suppress(_NoLibraryError):
+        return _kept(ProductRate, INTEGERS, threads, lambda: _measure_integers(threads))
+    return None
+
+
+class _NoLibraryError(Exception):
+    """The native library could not be built here."""
+
+
+def _kept(of: type[T], product: str, threads: int, measure: Callable[[], T]) -> T:
+    """What is kept of a product on this machine, or measured."""
+    machine = [version("torch"), product, cpu_name(), *processor().instruction_sets, threads]
+
+    def load(text: str) -> T:
+        kept = of(**json.loads(text))
+        if kept.was_busy and not 0 <= time.time() - kept.measured_at < _BUSY_SECONDS:
+            raise ValueError("by now the machine may be free")
+        return kept
+
+    return remember(path_of("rates", machine), measure, lambda rates: json.dumps(asdict(rates)), load)
 
 
 def _measure(dtype: Dtype, threads: int) -> CpuRates:
@@ -79,7 +113,33 @@ def _measure(dtype: Dtype, threads: int) -> CpuRates:
     copy, is_free_still = _seconds(lambda: target.copy_(source), threads)
     flops, num_bytes = 2 * rows * depth * columns, 2 * source.nbytes
     was_busy = not (is_free and is_free_still)
-    return CpuRates(round(time.time(), 3), flops / product, num_bytes / copy, was_busy)
+    return CpuRates(time.time(), flops / product, num_bytes / copy, was_busy)
+
+
+def _measure_integers(threads: int) -> ProductRate:
+    """Of a product and its input gradient, as large as that of floats.
+
+    Raises:
+        _NoLibraryError: there is nothing to measure.
+    """
+    import torch
+
+    from expertune.kernels import native
+    from expertune.kernels.expert_mlp.calibrate import random_bytes
+
+    if not native.available():
+        raise _NoLibraryError
+    rows, depth, columns = _PRODUCT
+    weight = random_bytes(1, columns, depth, torch.device("cpu"))
+    x, ends = torch.randn(rows, depth), torch.tensor([rows])
+    y, dx = torch.empty(rows, columns), torch.empty(rows, depth)
+
+    def both_ways() -> None:
+        native.grouped_gemm(x, weight, ends, y, transposed=True, dtype=torch.bfloat16)
+        native.grouped_gemm(y, weight, ends, dx, transposed=False, dtype=torch.bfloat16)
+
+    seconds, is_free = _seconds(both_ways, threads)
+    return ProductRate(time.time(), 2 * 2 * rows * depth * columns / seconds, not is_free)
 
 
 def _seconds(run: Callable[[], object], threads: int) -> tuple[float, bool]:

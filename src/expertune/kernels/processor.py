@@ -19,6 +19,15 @@ MULTIPLIES = {
 }
 """Instructions that multiply a 16-bit dtype; without them torch converts number by number, a hundred times slower."""
 
+INTEGERS = "integers of 16 bits"
+"""What the native library multiplies 4-bit weights and 16-bit tokens in, where a CPU multiplies no 16-bit floats."""
+
+SWITCH = "EXPERTUNE_NATIVE"
+"""Set to 0 to run without the native library, as on a machine that has no compiler."""
+
+# By the native library.
+_NEEDED = frozenset({"avx2", "fma3"})
+
 # Variables by which the runtimes of threads, and torch itself, count threads or use fewer instructions.
 _DECIDING = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ATEN_", "TORCH_", "ONEDNN_", "DNNL_", "LD_")
 _CPUINFO = Path("/proc/cpuinfo")
@@ -45,6 +54,14 @@ class Processor:
         """See `expertune.kernels.cpu.gemm_dtype`."""
         needed = MULTIPLIES.get(dtype.name)
         return dtype if needed is None or needed & set(self.instruction_sets) else FLOAT32
+
+    def may_take_integers(self, dtype: Dtype) -> bool:
+        """Whether products of 4-bit weights with tokens of `dtype` are in `INTEGERS`, if the native library is in use.
+
+        What it says of a CPU is what `expertune.kernels.native.arithmetic` asks the library.
+        """
+        found = set(self.instruction_sets)
+        return dtype.itemsize == 2 and found >= _NEEDED and not MULTIPLIES["bfloat16"] & found
 
 
 def processor() -> Processor:

@@ -26,7 +26,7 @@ from expertune.kernels import gpu, native, operators
 from expertune.kernels.amounts import default_working_set_bytes
 from expertune.kernels.cache import cache_folder, keep, read_kept
 from expertune.kernels.cpu import cpu_instruction_sets, gemm_dtype
-from expertune.kernels.processor import cpu_name
+from expertune.kernels.processor import INTEGERS, cpu_name
 
 Route = Literal["fused", "dequant_gemm", "expert_by_expert"]
 
@@ -42,7 +42,7 @@ _GPU_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 2048)
 _MEASURED_HOW = "4"
 _NEVER = 2**62
 # By what multiplies NF4 weights on a CPU; see `native.arithmetic`.
-_FUSED_IN = ("float32", "bfloat16, AVX512-BF16", "bfloat16, AMX", "integers of 16 bits")
+_FUSED_IN = ("float32", "bfloat16, AVX512-BF16", "bfloat16, AMX", INTEGERS)
 # Where a full device leaves no room to measure: an estimate.
 _UNMEASURED = {"crossover": 384, "gemm": "triton"}
 
@@ -143,7 +143,7 @@ class KernelSettings:
             usable = native.available()
             described["native"] = "in use" if usable else native.status().reason
             described["crossover"] = self.crossover_on(device, dtype) if usable else 0
-            if usable and dtype != torch.float32:
+            if usable and dtype != torch.float32 and self.route != DEQUANT_GEMM:
                 described["fused_in"] = _FUSED_IN[native.arithmetic(dtype)]
             return described
         reason = gpu.unavailable(device)
@@ -205,8 +205,8 @@ def usable_routes(device: torch.device, dtype: torch.dtype) -> tuple[Route, ...]
 
 def summarize(described: dict[str, Any]) -> str:
     """What `describe` found, in a sentence for the terminal."""
-    in_integers = described.get("fused_in") == _FUSED_IN[native.INTEGERS] and described["setting"] != DEQUANT_GEMM
-    products = f"products in {_FUSED_IN[native.INTEGERS] if in_integers else described['product_dtype']}"
+    in_integers = described.get("fused_in") == INTEGERS
+    products = f"products in {INTEGERS if in_integers else described['product_dtype']}"
     if described.get("native", "in use") != "in use":
         return f"{products} by torch and bitsandbytes alone, without the native library: {described['native']}"
     if described.get("triton", "in use") != "in use":

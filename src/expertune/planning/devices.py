@@ -19,9 +19,9 @@ from expertune.gpus import (
     find_device,
 )
 from expertune.kernels.amounts import BFLOAT16, DTYPES, FLOAT32, Dtype
-from expertune.kernels.cpu_rates import cpu_rates
+from expertune.kernels.cpu_rates import ProductRate, cpu_rates, integer_rate
 from expertune.kernels.limits import available_memory
-from expertune.kernels.processor import processor
+from expertune.kernels.processor import INTEGERS, processor
 from expertune.placement.presence import may_have_gpu
 from expertune.planning.communication import compared_links
 
@@ -51,6 +51,8 @@ class Machine:
         world_size: processes of the run, each with such a device.
         local_size: as many of them are on one machine.
         share_of_cpu: what each of them has of this machine's cores, where they are only planned for.
+        integers: how fast all of this machine's cores multiply 4-bit weights in integers; None where products are in
+            floats.
     """
 
     device: str
@@ -62,6 +64,7 @@ class Machine:
     world_size: int = 1
     local_size: int = 1
     share_of_cpu: float = 1.0
+    integers: ProductRate | None = None
 
     @classmethod
     def of(
@@ -106,20 +109,35 @@ class Machine:
         host = available_memory() // local_size if is_here else math.inf
         compute_dtype = DTYPES[dtype] if dtype != "auto" else _usual_dtype(target)
         share_of_cpu = 1 if devices is None else 1 / local_size  # a launcher has given each its threads
-        return cls(target, named, is_here, compute_dtype, budget, host, world_size, local_size, share_of_cpu)
+        in_integers = on_cpu and config.kernels.route != "dequant_gemm" and processor().may_take_integers(compute_dtype)
+        rate = integer_rate(processor().threads) if in_integers else None
+        return cls(target, named, is_here, compute_dtype, budget, host, world_size, local_size, share_of_cpu, rate)
 
     @property
     def kind(self) -> str:
         """`cpu` or `cuda`."""
         return self.device.partition(":")[0]
 
+    @property
+    def products_in(self) -> str:
+        """What 4-bit weights are multiplied in, in the words of a run's `kernels:` line."""
+        if self.kind != "cpu":
+            return self.compute_dtype.name
+        return processor().gemm_dtype(self.compute_dtype).name if self.integers is None else INTEGERS
+
     def rates(self, from_disk: bool) -> Rates | None:
         """What the device does in a second: by the table, or measured on a CPU; None where nothing is known."""
         if self.kind == "cpu":
             here, share = processor(), self.share_of_cpu
-            measured = cpu_rates(here.gemm_dtype(self.compute_dtype), here.threads)
-            flops, num_bytes = measured.flops_per_second * share, measured.bytes_per_second * share
-            return Rates("measured", flops, num_bytes, DISK_BYTES_PER_SECOND * share, measured.was_busy)
+            measured, integers = cpu_rates(here.gemm_dtype(self.compute_dtype), here.threads), self.integers
+            return Rates(
+                "measured",
+                share * measured.flops_per_second,
+                share * measured.bytes_per_second,
+                share * DISK_BYTES_PER_SECOND,
+                measured.was_busy or (integers is not None and integers.was_busy),
+                None if integers is None else share * integers.flops_per_second,
+            )
         gpu = self._known_gpu
         if gpu is None or gpu.rates is None or self.compute_dtype == FLOAT32:
             return None  # the table has rates of 16-bit products alone, and those in float32 do not round to TF32

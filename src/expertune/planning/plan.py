@@ -189,6 +189,7 @@ class _Planner:
             architecture=self.inventory.architecture,
             device=self.device,
             compute_dtype=machine.compute_dtype.name,
+            products_in=machine.products_in,
             parameters=count_parameters(self.inventory, found.workload.targets),
             weights=self.inventory.weights,
             micro_batch=found.micro_batch,

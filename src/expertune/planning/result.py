@@ -31,7 +31,8 @@ class Plan:
         model: folder or hub id, as in the run file.
         architecture: class of the transformers model.
         device: `cpu` or `cuda`.
-        compute_dtype: dtype of the GEMMs, e.g. `bfloat16`.
+        compute_dtype: dtype of tokens and of weights that are not in 4 bits, e.g. `bfloat16`.
+        products_in: what 4-bit weights are multiplied in: that dtype, or what the device has in its place.
         parameters: numbers of parameters.
         weights: exact bytes of the base model as it is held.
         micro_batch: how the examples of a step run.
@@ -55,6 +56,7 @@ class Plan:
     architecture: str
     device: str
     compute_dtype: str
+    products_in: str
     parameters: Parameters
     weights: FrozenWeights
     micro_batch: MicroBatch
@@ -140,6 +142,7 @@ class Plan:
             "architecture": self.architecture,
             "device": self.device,
             "compute_dtype": self.compute_dtype,
+            "products_in": self.products_in,
             "parameters": {**asdict(self.parameters), "line": self.parameters.line},
             "weights": {"frozen_bytes": self.weights.frozen_bytes, **asdict(self.weights)},
             "micro_batch": asdict(self.micro_batch),

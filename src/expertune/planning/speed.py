@@ -4,10 +4,11 @@ Shape suffixes: T tokens of a micro-batch, D hidden size.
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from expertune.adapt.amounts import EXACT_SIDE, EXTRA_COLUMNS
 from expertune.gpus import Link, Rates
+from expertune.kernels.amounts import FLOAT16
 from expertune.planning.communication import Traffic
 from expertune.planning.inventory import Layer, count_adapter
 from expertune.planning.placement import PlannedPlacement
@@ -107,7 +108,8 @@ class StepCost:
         efficiency, silent = EFFICIENCY[w.device], w.passes.silent
         # Forwards without gradients come before the one with them.
         passes, moved, flops = (
-            [each_way[0]] * silent + list(each_way) for each_way in (self._passes, self._moved, _flops(w))
+            [each_way[0]] * silent + list(each_way)
+            for each_way in (self._passes, self._moved, [each.total for each in _flops(w)])
         )
         each_forward, each_backward = self.placement.transferred_bytes
         writing = self._writing_seconds()
@@ -152,7 +154,7 @@ class StepCost:
     def _passes(self) -> list[float]:
         """Least seconds of a micro-batch's forward and backward; the 4-bit weights are read once each way."""
         reading = self.workload.inventory.read_bytes / self.rates.bytes_per_second
-        return [max(flops / self.rates.flops_per_second, reading) for flops in _flops(self.workload)]
+        return [max(flops.seconds(self.rates), reading) for flops in _flops(self.workload)]
 
     @property
     def _moved(self) -> list[float]:
@@ -162,7 +164,23 @@ class StepCost:
         return [num_bytes / self.rates.link_bytes_per_second + gathering for num_bytes in each_way]
 
 
-def _flops(w: Workload) -> tuple[float, float]:
+class _Flops(NamedTuple):
+    """Floating-point operations: of GEMMs with weights that a CPU may make in integers, and of all others."""
+
+    weights: float
+    others: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.others
+
+    def seconds(self, rates: Rates) -> float:
+        """How long they take at the least."""
+        of_weights = rates.integer_flops_per_second or rates.flops_per_second
+        return self.weights / of_weights + self.others / rates.flops_per_second
+
+
+def _flops(w: Workload) -> tuple[_Flops, _Flops]:
     """Floating-point operations of a micro-batch that must be, in forward and in backward.
 
     Counted are the frozen GEMMs of forward, their input gradients, gate and up once more in backward where they are not
@@ -171,7 +189,7 @@ def _flops(w: Workload) -> tuple[float, float]:
     """
     T, inventory = w.tokens, w.inventory
     to_recompute = sum(len(layer.experts) for layer in inventory.layers) - w.kept_layers
-    forward = backward = 0.0
+    forward = backward = beside = beside_backward = 0.0
     for layer in inventory.layers:
         # Weights that a token meets in the experts: of gate and up, and of down.
         down = inventory.top_k * sum(spec.hidden_size * spec.intermediate_size for spec in layer.experts.values())
@@ -179,20 +197,25 @@ def _flops(w: Workload) -> tuple[float, float]:
         linears = sum(out_features * in_features for out_features, in_features in layer.linears.values())
         # Scores and values over the earlier half of a sequence; backward computes each twice, and the scores again.
         scores = T * w.sequence_length * (inventory.attention.query + inventory.attention.output)
-        recomputed = 2 * T * linears + scores if w.checkpointing else 0.0
+        beside += scores
+        beside_backward += (2.5 + w.checkpointing) * scores
+        recomputed = 2 * T * linears if w.checkpointing else 0.0
         recomputed += 2 * T * gate_up if to_recompute > 0 else 0.0
         to_recompute -= len(layer.experts)
-        forward += 2 * T * (gate_up + down + linears) + scores
-        backward += 2 * T * (gate_up + down + linears) + 2.5 * scores + recomputed
+        forward += 2 * T * (gate_up + down + linears)
+        backward += 2 * T * (gate_up + down + linears) + recomputed
         if w.targets.use_dora:
-            backward += 2 * T * down + _norm_flops(w, layer)
+            backward += 2 * T * down
+            beside_backward += _norm_flops(w, layer)
             if w.dropout:  # the dropped input is multiplied by W too
                 forward += 2 * T * (gate_up + down)
                 backward += 2 * T * (2 * gate_up + down)
     head = 2 * T * inventory.vocab_size * inventory.hidden_size
     # Each factor is multiplied once forward; backward has its own gradient and its input's.
     adapter = 2 * T * w.given_ranks * count_adapter(inventory, w.targets, experts_of=lambda _: inventory.top_k)
-    return forward + head + adapter, backward + head + 2 * adapter
+    if w.compute_dtype == FLOAT16:  # of which the head is multiplied in float32 where 4-bit weights are in integers
+        return _Flops(forward, beside + head + adapter), _Flops(backward, beside_backward + head + 2 * adapter)
+    return _Flops(forward + head, beside + adapter), _Flops(backward + head, beside_backward + 2 * adapter)
 
 
 def _norm_flops(w: Workload, layer: Layer) -> float:

@@ -96,7 +96,7 @@ def _heading(plan: "Plan") -> Table:
     counts = plan.parameters
     lines: Mapping[str, str | None] = {
         "model": f"{plan.model} ({plan.architecture})",
-        "device": f"{plan.gpu or plan.device}, products in {plan.compute_dtype}",
+        "device": f"{plan.gpu or plan.device}, products in {plan.products_in}",
         "objective": f"{plan.objective}: {plan.passes}" if plan.passes else None,
         "parameters": f"{counts.total:,} in all, {counts.trainable:,} trained",
         "step": plan.micro_batch.line(plan.ranks.chosen.distribution.world_size if plan.ranks else 1),
@@ -122,10 +122,13 @@ def _time(time: "StepTime") -> str:
         busy = f", by a speed that was {time.source}" if time.rates.was_busy else ""
         least = f"at least {_seconds(time.seconds)} a step of {time.tokens:,} tokens{busy}"
         return f"{least}; the model is too small to tell more"
+    rates, in_integers = time.rates, ""
+    if rates.integer_flops_per_second:
+        in_integers = f", {rates.integer_flops_per_second / 1e12:.3g} in integers"
     line = (
         f"{_seconds(time.seconds)} a step of {time.tokens:,} tokens, {time.tokens_per_second:,.0f} tokens/s; at least "
-        f"{_seconds(time.floor_seconds)} at {time.rates.flops_per_second / 1e12:.3g} TFLOP/s ({time.source}), of "
-        f"which {100 * time.efficiency:.0f} % are expected"
+        f"{_seconds(time.floor_seconds)} at {rates.flops_per_second / 1e12:.3g} TFLOP/s{in_integers} ({time.source}), "
+        f"of which {100 * time.efficiency:.0f} % are expected"
     )
     if time.brought_bytes:
         line += (

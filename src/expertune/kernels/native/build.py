@@ -24,6 +24,7 @@ import torch
 
 from expertune.kernels.cache import cache_folder, why_not_private
 from expertune.kernels.cpu import cpu_instruction_sets
+from expertune.kernels.processor import SWITCH
 
 FOLDER = Path(__file__).parent
 # Need a compiler that knows AVX512-VNNI, AVX512-BF16 and AMX; the library is of use without them.
@@ -41,9 +42,6 @@ FLAGS = (
     *("-std=c11", "-D_DEFAULT_SOURCE", "-O3", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off"),
     *("-fopenmp", "-fPIC", "-fvisibility=hidden"),
 )
-
-# Set to 0 to run without the library, as on a machine that has no compiler.
-SWITCH = "EXPERTUNE_NATIVE"
 
 
 @dataclass(frozen=True)
