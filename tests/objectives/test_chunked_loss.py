@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from expertune import finetune
 from expertune.config import parse_config
 from expertune.evaluation.scoring import evaluation_loss
+from expertune.layers import dense_linear
 from expertune.objectives import chunked_loss
 from expertune.objectives.chunked_loss import LanguageModelLoss
 from expertune.run.record import RunRecord
@@ -356,6 +357,25 @@ def test_head_that_is_trained_itself_is_left_to_the_model() -> None:
     model.get_base_model().lm_head.weight.requires_grad_()
     with own_path_after(model, "the output head itself is trained"):
         pass
+
+
+@pytest.mark.parametrize("targets", [("q_proj",), ("q_proj", "lm_head")])
+def test_16_bit_head_that_is_multiplied_without_16_bit_floats_stays_in_chunks_and_as_it_was(
+    targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense_linear, "gemm_dtype", lambda dtype, device: torch.float32)
+    model, said = adapted(targets=targets).to(torch.bfloat16), []
+    head = model.get_base_model().get_output_embeddings()
+    linear = getattr(head, "base_layer", head)
+    dense_linear.use_dense_linear(linear)
+    loss, inputs = LanguageModelLoss(model, notify=said.append), batch()
+    own = model(**inputs).loss.item()
+    for _ in range(2):
+        with loss.in_chunks(inputs):
+            assert model(**inputs).loss.item() == pytest.approx(own, rel=0.01)
+    assert said == []
+    assert dense_linear.is_dense_linear(linear)
+    assert "forward" not in vars(head) or head is linear
 
 
 def test_merged_adapter_is_left_to_the_model() -> None:

@@ -26,6 +26,11 @@ def use_dense_linear(model: nn.Module) -> None:
                 module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
 
 
+def is_dense_linear(module: nn.Module) -> bool:
+    """Whether the forward that a module has of its own is the one given here: a product and nothing else."""
+    return getattr(vars(module).get("forward"), "__func__", None) is _forward
+
+
 def _forward(linear: nn.Linear, x: Tensor) -> Tensor:
     """[..., in_features] -> [..., out_features]."""
     weight, bias = linear.weight, linear.bias

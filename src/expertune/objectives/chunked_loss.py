@@ -31,6 +31,7 @@ from expertune.experts.module import experts_passed_by, sharing_of
 from expertune.generation.decoding import evaluation_mode
 from expertune.kernels.linear_cross_entropy import IGNORE_INDEX, HeadUpdate, linear_cross_entropy
 from expertune.kernels.linear_cross_entropy.per_token import linear_log_probs
+from expertune.layers.dense_linear import is_dense_linear
 from expertune.placement.out_of_memory import is_out_of_memory
 
 # Tokens of the comparison on the first batch: each carries one value at the head's place.
@@ -160,7 +161,8 @@ class LanguageModelLoss:
             raise _NotInChunksError("the adapter of the output head is merged, or of a kind beyond plain LoRA")
         if linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad):
             raise _NotInChunksError("the output head itself is trained")
-        if linear.weight.is_meta or "forward" in vars(head) or "forward" in vars(linear):
+        replaced = any("forward" in vars(module) and not is_dense_linear(module) for module in (head, linear))
+        if linear.weight.is_meta or replaced:
             raise _NotInChunksError("something else has taken the place of the output head's forward")
         if self._base.loss_function is not ForCausalLMLoss:
             raise _NotInChunksError("the model's loss function is not the one of causal language models")
@@ -239,12 +241,16 @@ class LanguageModelLoss:
             return column(x_BTD)
 
         # Set on the instance: hooks and attributes of the head stay.
+        own = vars(head).get("forward")
         head.forward = forward
         try:
             with self._loss_function(lambda logits, labels, *_, **kwargs: loss(hidden, logits, labels, **kwargs)):
                 yield hidden
         finally:
-            del head.forward
+            if own is None:
+                del head.forward
+            else:
+                head.forward = own
 
     @contextmanager
     def _loss_function(self, function: _LossFunction) -> Iterator[None]:
