@@ -5,6 +5,7 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
+import torch
 
 from expertune.kernels import cpu_rates, native
 from expertune.kernels.amounts import FLOAT32
@@ -40,6 +41,12 @@ def test_rates_of_a_free_machine_are_measured_once(rates, folder):
     assert not first.was_busy
     assert len(list(folder.glob("rates-*.json"))) == 1
     assert rates((1.0, 0.0)) == first
+
+
+def test_measuring_rates_leaves_the_programs_draws_as_they_were(rates):
+    before = torch.get_rng_state()
+    rates((0.1, 0.0))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_runs_that_another_program_disturbed_do_not_count(rates):

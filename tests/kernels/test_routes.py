@@ -110,6 +110,14 @@ def test_measuring_finds_one_of_the_token_counts_it_tries() -> None:
     assert routes._measure(torch.float32) in (*routes._TOKENS, routes._NEVER)
 
 
+def test_measuring_leaves_the_programs_draws_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Else a seed gives one adapter, or one drawn answer, where the machine was measured before, and another where not.
+    monkeypatch.setattr(routes, "_TOKENS", (4,))
+    before = torch.get_rng_state()
+    routes._measure(torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_one_count_that_was_disturbed_while_it_was_measured_does_not_decide_for_larger_ones() -> None:
     inside = {8: 1.0, 64: 4.0, 512: 3.0, 1024: 6.0}  # at 64 tokens other work ran beside it
     assert routes._crossover(list(inside), lambda tokens: [3.5, inside[tokens]]) == 1024

@@ -54,7 +54,9 @@ def layer_pass(route: Route, tokens_per_expert: int, dtype: torch.dtype, device:
     """Forward and backward of a layer without adapters, every expert with as many tokens."""
     layer = _layer(device)._replace(dtype=dtype)
     tokens = tokens_per_expert * layer.num_experts // 2
-    hidden = torch.randn(tokens, layer.hidden_size, dtype=dtype, device=device)
+    # Of its own draws: whether this is measured must not decide what the program draws next.
+    generator = torch.Generator(device=device).manual_seed(0)
+    hidden = torch.randn(tokens, layer.hidden_size, dtype=dtype, device=device, generator=generator)
     index = torch.stack([torch.arange(tokens, device=device) % layer.num_experts for _ in range(2)], dim=1)
     index[:, 1] = (index[:, 1] + 1) % layer.num_experts
     weights = torch.full((tokens, 2), 0.5, device=device)
