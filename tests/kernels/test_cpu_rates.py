@@ -71,8 +71,9 @@ def test_rates_of_a_busy_machine_are_the_fastest_seen_and_are_measured_again_lat
 def test_rate_of_integers_is_measured_once_and_found_only_while_the_library_is_in_use(monkeypatch, folder):
     monkeypatch.setattr(cpu_rates, "_PRODUCT", (8, 128, 64))
     monkeypatch.setattr(cpu_rates, "_timed", lambda run: (run(), (0.1, 0.0))[1])
-    measure = cpu_rates.integer_rate.__wrapped__
+    measure, before = cpu_rates.integer_rate.__wrapped__, torch.get_rng_state()
     found = measure(THREADS)
+    assert torch.equal(torch.get_rng_state(), before), "what a program draws is no matter of what was measured"
     assert found.flops_per_second == 2 * 2 * 8 * 128 * 64 / 0.1
     assert not found.was_busy
     assert len(list(folder.glob("rates-*.json"))) == 1

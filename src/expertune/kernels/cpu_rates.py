@@ -106,8 +106,7 @@ def _measure(dtype: Dtype, threads: int) -> CpuRates:
 
     rows, depth, columns = _PRODUCT
     held = getattr(torch, dtype.name)
-    # Of its own draws: whether this is measured must not decide what the program draws next.
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # the program's own draws stay as they would be
     x, w = (torch.randn(*shape, generator=generator).to(held) for shape in ((rows, depth), (depth, columns)))
     out = torch.empty(rows, columns, dtype=held)
     product, is_free = _seconds(lambda: torch.mm(x, w, out=out), threads)
@@ -133,7 +132,8 @@ def _measure_integers(threads: int) -> ProductRate:
         raise _NoLibraryError
     rows, depth, columns = _PRODUCT
     weight = random_bytes(1, columns, depth, torch.device("cpu"))
-    x, ends = torch.randn(rows, depth), torch.tensor([rows])
+    generator = torch.Generator().manual_seed(0)  # the program's own draws stay as they would be
+    x, ends = torch.randn(rows, depth, generator=generator), torch.tensor([rows])
     y, dx = torch.empty(rows, columns), torch.empty(rows, depth)
 
     def both_ways() -> None:
