@@ -35,7 +35,8 @@ def _forward(linear: nn.Linear, x: Tensor) -> Tensor:
     """[..., in_features] -> [..., out_features]."""
     weight, bias = linear.weight, linear.bias
     elsewhere = x.device.type != "cpu" or weight.device.type != "cpu"
-    if elsewhere or x.dtype != weight.dtype or x.dtype not in HALVES or weight.requires_grad:
+    is_trained = weight.requires_grad and torch.is_grad_enabled()
+    if elsewhere or is_trained or x.dtype != weight.dtype or x.dtype not in HALVES:
         return nn.functional.linear(x, weight, bias)
     if few_tokens.serves_dense(x, weight):
         y = few_tokens.dense(x, weight)
