@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -93,6 +94,16 @@ def test_examples_are_tokenized_where_they_and_the_tokenizer_are_here_and_else_c
     assert read_lengths(parse_config(nowhere)).num_rows is None
 
 
+@pytest.mark.parametrize("source", ["nowhere.jsonl", "{folder}/rows.jsonl[0:99]"])
+def test_a_plan_of_examples_that_a_run_would_stop_at_says_so(source, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Who?", "completion": "Ada."}\n')
+    data = {"train": source.format(folder=tmp_path)}
+    made = plan({"model": str(TINY_MIXTRAL), "data": data, "output_dir": "x"})
+    assert "a run would stop at this: " in made.notes[-1]
+    assert Path(data["train"]).name.partition("[")[0] in made.notes[-1]
+    assert made.notes[-1] in made.to_json()["notes"]
+
+
 @pytest.mark.parametrize("of_a_length", [1, 200])
 def test_of_a_source_of_thousands_a_sample_from_all_over_it_is_tokenized(of_a_length, tmp_path, monkeypatch):
     """Lengths that grow along the file, and lengths that take turns from one example to the next."""
@@ -125,8 +136,11 @@ def test_the_plan_of_the_demo_says_how_long_it_takes():
     made = plan(load_config("examples/demo.yaml"))
     assert made.run_time.steps == 320
     assert made.run_time.evaluations == 3
-    assert made.run_time.line.startswith("about 320 steps, at least ")
-    assert made.run_time.line.endswith("a model this small can take several times as long")
+    alone = replace(made.run_time, was_busy=False)
+    assert alone.line.startswith("about 320 steps, at least ")
+    assert alone.line.endswith("a model this small can take several times as long")
+    beside_others = replace(made.run_time, was_busy=True)
+    assert beside_others.line.startswith("about 320 steps, about "), "it may take less, too"
 
 
 def test_of_less_than_half_a_second_no_number_is_said(run_of):

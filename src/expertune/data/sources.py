@@ -236,16 +236,19 @@ def rows_of_slices(spec: str | Sequence[str]) -> int | None:
 
 
 def local_bytes(spec: str | Sequence[str]) -> int | None:
-    """How much text a source of local files holds, about; None where a part is missing or is not on this machine.
+    """How much text a source of local files holds, about; None where a part is not on this machine.
 
     Args:
         spec: see `find_source`.
 
     Raises:
-        DataError: a slice is not written as one, or no file matches a pattern.
+        DataError: a slice is not written as one, no file matches a pattern, or a file is missing or cannot be read.
     """
     parts = [part for each in ([spec] if isinstance(spec, str) else spec) for part in _expand(each)]
-    return sum(part.num_bytes for part in parts) if all(_exists(part.path) for part in parts) else None
+    for part in parts:
+        if part.is_file:
+            _require_readable(part.path)
+    return sum(part.num_bytes for part in parts) if all(part.is_file for part in parts) else None
 
 
 def _expand(spec: str) -> list[_Part]:

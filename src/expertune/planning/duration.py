@@ -29,6 +29,7 @@ class Lengths:
         eval_tokens: mean tokens of one.
         is_bound: the examples were not tokenized, and each counts as `data.max_length` tokens.
         is_sampled: a sample of the training examples was tokenized, and `num_rows` is estimated from it.
+        unread: what a run would stop at, where the examples could not be read.
     """
 
     num_rows: int | None
@@ -37,6 +38,7 @@ class Lengths:
     eval_tokens: float = 0
     is_bound: bool = False
     is_sampled: bool = False
+    unread: str | None = None
 
     @classmethod
     def of(
@@ -112,7 +114,7 @@ class RunTime:
         bound = "; less where examples are shorter than data.max_length" if self.is_bound else ""
         least = "; a model this small can take several times as long" if self.is_least else ""
         busy = "; less if it has the machine to itself: others kept it busy when it was timed" if self.was_busy else ""
-        expected = about(self.seconds, self.is_least)
+        expected = about(self.seconds, self.is_least and not (bound or busy))
         steps = f"{'about ' if self.is_sampled else ''}{counted(self.steps, 'step')}"
         return f"{steps}, {expected}{made_of}, besides {besides}{bound}{least}{busy}"
 

@@ -27,13 +27,16 @@ def read_lengths(
         tokenized: looks at tokens in place of `expertune.planning.tokenized.tokenized_lengths`.
     """
     data, folder = config.data, Path(config.model).expanduser()
-    with suppress(ExpertuneError):  # a run says what is wrong with its data; a plan goes without
+    unread = None
+    try:
         sizes = [local_bytes(spec) for spec in (data.train, data.eval) if spec is not None]
         if folder.is_dir() and all(num_bytes is not None and num_bytes <= _MOST_TOKENIZED for num_bytes in sizes):
             return (tokenized or _tokenized)(config, trust_remote_code)
+    except ExpertuneError as error:  # at which a run stops; a plan goes without
+        unread = str(error)
     counted = _count(data.eval) if data.eval else 0
     longest = passes_of(config).sequences * data.max_length
-    return Lengths(_count(data.train), longest, counted, longest, data.packing != "padded")
+    return Lengths(_count(data.train), longest, counted, longest, data.packing != "padded", unread=unread)
 
 
 def _tokenized(config: RunConfig, trust_remote_code: bool) -> Lengths:

@@ -81,7 +81,10 @@ class Plan:
         Args:
             lengths: how many examples there are, and how long.
         """
-        return replace(self, run_time=self.pace.run_time(lengths)) if self.pace else self
+        notes = self.notes
+        if lengths.unread:
+            notes = (*notes, f"each example counts as data.max_length, and a run would stop at this: {lengths.unread}")
+        return replace(self, run_time=self.pace.run_time(lengths) if self.pace else None, notes=notes)
 
     @property
     def what_to_change(self) -> tuple[Change, ...]:
