@@ -281,7 +281,7 @@ MIXED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an alpha that is not in B": (
         {"lora_alpha": 16},
-        r"adapter_config\.json has lora_alpha 16, and its tensors were written for lora_alpha 4, as large as r",
+        r"adapter_config\.json has r 4 and lora_alpha 16, and its tensors were written for an r and a",
     ),
     "rslora": ({"use_rslora": True}, r"adapter_config\.json has use_rslora true, and its tensors were written for"),
 }

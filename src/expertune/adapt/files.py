@@ -166,9 +166,12 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         raise CheckpointError(f"{live}: damaged ({error})") from None
     settings = read_adapter_settings(folder)
     if settings is not None and (config.get("use_rslora") or config["lora_alpha"] != config["r"]):
-        is_rslora = bool(config.get("use_rslora"))
-        found = f"use_rslora {json.dumps(is_rslora)}" if is_rslora else f"lora_alpha {config['lora_alpha']:g}"
-        meant = "use_rslora false" if is_rslora else f"lora_alpha {config['r']}, as large as r"
+        found, meant = (
+            f"r {config['r']} and lora_alpha {config['lora_alpha']:g}",
+            "an r and a lora_alpha that are equal",
+        )
+        if config.get("use_rslora"):
+            found, meant = "use_rslora true", "use_rslora false"
         raise CheckpointError(
             f"{folder}: {CONFIG_NAME} has {found}, and its tensors were written for {meant}, with the scale in B: "
             "these are files of two adapters, or one was changed; copy the adapter again"

@@ -1,7 +1,7 @@
 """A linear left in 16 bits, on a CPU that multiplies no 16-bit floats: `expertune.kernels.dense_linear` runs.
 
-With `quantization.layers: 16` these are all but the experts; else the output head, where no loss or answer takes it by
-itself, and what a family keeps beside its layers.
+These are what `quantization.layers` leaves in 16 bits, what a family keeps beside its decoder layers, and the output
+head, where neither a loss nor an answer takes its weight by itself.
 """
 
 from types import MethodType
