@@ -118,6 +118,7 @@ class Nf4FolderQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         from expertune.checkpoint.load import prepare_for_adapters
+        from expertune.layers.dense_linear import use_dense_linear
         from expertune.layers.nf4_linear import Nf4Linear
 
         for module in model.modules():
@@ -128,6 +129,7 @@ class Nf4FolderQuantizer(HfQuantizer):
             # transformers 5.20 leaves what has another name in the file, as without the head, in the dtype of the file.
             if str(parameter.dtype) in _HALVES and parameter.dtype != self.dtype:
                 parameter.data = parameter.to(self.dtype)
+        use_dense_linear(model)
         prepare_for_adapters(model, self.names)
         return model
 

@@ -191,6 +191,7 @@ def _finish(model: PreTrainedModel, names: NameMap, device: torch.device | str) 
         del model.config.quantization_config
     model.to(device)
     model.requires_grad_(False)
+    use_dense_linear(model)
     # It would write a folder that nothing can read.
     model.save_pretrained = refuse_to_save
     prepare_for_adapters(model, names)
@@ -198,11 +199,7 @@ def _finish(model: PreTrainedModel, names: NameMap, device: torch.device | str) 
 
 
 def prepare_for_adapters(model: PreTrainedModel, names: NameMap) -> None:
-    """What PEFT, and whoever attaches and writes adapters, reads from a model with 4-bit experts.
-
-    And its linears that are left in 16 bits multiply as is fast on this CPU.
-    """
-    use_dense_linear(model)
+    """What PEFT, and whoever attaches and writes adapters, reads from a model with 4-bit experts."""
     # By this flag PEFT adapts `Linear4bit` layers as 4-bit ones.
     model.is_loaded_in_4bit = True
     model.nf4_names = names

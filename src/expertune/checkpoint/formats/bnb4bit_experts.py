@@ -117,9 +117,9 @@ def _copy_weight(target: Target, packed: Packed, weight: ExpertWeight) -> None:
     Raises:
         CheckpointError: it is of another shape, of an expert that the model does not have, or stored twice.
     """
-    experts = target.model.get_submodule(weight.module)
     from expertune.experts.module import Nf4Experts  # with all kernels, of which a plan needs none
 
+    experts = target.model.get_submodule(weight.module)
     assert isinstance(experts, Nf4Experts)
     codes_ENK = _codes(packed, weight)
     stack, _ = experts.locate(experts.read_here.start, weight.projections[0])
