@@ -36,6 +36,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8, help="for everything, start included; default 8")
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder of the JSON; default build/gpu")
+    parser.add_argument("--archive", type=Path, help="one .tar.gz of all JSON and logs, written anew after each group")
     parser.add_argument("--groups", nargs="+", metavar="WORD", help="only those whose names begin so")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--small", action="store_true", help="small shapes: a dry run")
@@ -160,7 +161,7 @@ def main() -> int:
     # Checks side by side leave a core to their commands; on a CPU each process takes all cores.
     workers = max((os.cpu_count() or 2) - 4, 1) if args.device == "cuda" else 1
     try:
-        summary = schedule.run(groups_of(args), args.out, _STARTED + 60 * args.minutes, workers)
+        summary = schedule.run(groups_of(args), args.out, _STARTED + 60 * args.minutes, workers, args.archive)
     except KeyboardInterrupt:
         schedule.progress(f"interrupted; what was measured is in {args.out}")
         return 130

@@ -5,11 +5,13 @@ after every item, with the item that it is in; what ends or holds up a process c
 started again for those that are left.
 """
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -75,12 +77,28 @@ def write(path: Path, values: Mapping[str, Any]) -> None:
     beside.replace(path)
 
 
+def pack(folder: Path, archive: Path) -> None:
+    """Put a folder's JSON and logs into one compressed file; where that fails it is said, and the folder has them."""
+    beside = archive.with_name(f".{archive.name}.part")
+    try:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(beside, "w:gz") as file:
+            for path in sorted((*folder.glob("*.json"), *folder.glob("*.log"))):
+                content = path.read_bytes()  # whole, whatever is written meanwhile
+                entry = tarfile.TarInfo(path.name)
+                entry.size, entry.mtime = len(content), int(time.time())
+                file.addfile(entry, io.BytesIO(content))
+        beside.replace(archive)
+    except OSError as error:
+        progress(f"{archive}: {error}")
+
+
 def progress(line: str) -> None:
     """Say on stderr what is being done."""
     print(line, file=sys.stderr, flush=True)
 
 
-def run(groups: Sequence[Group], out: Path, end: float, workers: int) -> Values:
+def run(groups: Sequence[Group], out: Path, end: float, workers: int, archive: Path | None = None) -> Values:
     """Run groups in order until the end; the summary, which is also written to OUT/campaign.json.
 
     Args:
@@ -88,11 +106,12 @@ def run(groups: Sequence[Group], out: Path, end: float, workers: int) -> Values:
         out: folder of the JSON.
         end: of everything, by `time.monotonic`.
         workers: processes side by side, where none of them is timed.
+        archive: one file for all that is left in `out`, written anew after each group.
     """
     for group in groups:  # what an earlier campaign has left says nothing of this one
         path_of(out, group.name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    campaign = _Campaign(out, end - _RESERVE_S, workers)
+    campaign = _Campaign(out, end - _RESERVE_S, workers, archive)
     started = time.monotonic()
     how = "interrupted"
     try:
@@ -104,6 +123,8 @@ def run(groups: Sequence[Group], out: Path, end: float, workers: int) -> Values:
             part.unlink(missing_ok=True)
         summary = {"seconds": time.monotonic() - started, "groups": [campaign.describe(group) for group in groups]}
         write(out / "campaign.json", summary)
+        if archive is not None:
+            pack(out, archive)
     return summary
 
 
@@ -141,8 +162,8 @@ class _Process:
 
 
 class _Campaign:
-    def __init__(self, out: Path, end: float, workers: int) -> None:
-        self.out, self.end, self.workers = out, end, workers
+    def __init__(self, out: Path, end: float, workers: int, archive: Path | None) -> None:
+        self.out, self.end, self.workers, self.archive = out, end, workers, archive
         self.name = f"{time.time():.3f}-{os.getpid()}"
         self.running: list[_Process] = []
         self.taken: dict[str, float] = {}
@@ -219,6 +240,8 @@ class _Campaign:
             process.kill()  # also what it has started, which may go on without it
             process.wait(time.monotonic() + 1)
         again = self._settle(process, how)
+        if self.archive is not None:
+            pack(self.out, self.archive)
         if again and process.starts < _MOST_STARTS and time.monotonic() + _LEAST_S < process.deadline:
             self._start(process.group, process.deadline, process.starts + 1)
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -63,11 +64,11 @@ def group(out: Path, name: str, items: str, **settings: Any) -> Group:
     )
 
 
-def run(out: Path, *groups: Group, seconds: float = 30.0) -> dict[str, dict[str, Any]]:
+def run(out: Path, *groups: Group, seconds: float = 30.0, archive: Path | None = None) -> dict[str, dict[str, Any]]:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(ROOT)
     try:
-        found = schedule.run(groups, out, time.monotonic() + seconds, workers=2)
+        found = schedule.run(groups, out, time.monotonic() + seconds, 2, archive)
     finally:
         os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
     return {one["name"]: one for one in found["groups"]}
@@ -112,6 +113,28 @@ def test_a_campaign_never_takes_longer_than_it_is_given_and_lists_what_had_no_ti
     assert not schedule.path_of(tmp_path, "late").exists()  # of an earlier campaign
     assert "late: not begun: no time; would have needed 40 s" in schedule.lines({"groups": list(found.values())})
     assert schedule.read(tmp_path / "campaign.json") is not None
+
+
+def test_the_archive_has_each_group_as_soon_as_it_has_ended(tmp_path: Path) -> None:
+    out, archive = tmp_path / "out", tmp_path / "archive" / "gpu.tar.gz"
+    out.mkdir()
+    (out / "product.log").write_text("said\n", encoding="utf-8")
+    code = (
+        "import tarfile; from pathlib import Path\n"
+        f"with tarfile.open({str(archive)!r}) as file:\n"
+        f"    Path({str(out / 'reads.log')!r}).write_bytes(file.extractfile('one.json').read())\n"
+    )
+    reads = Group("reads", (sys.executable, "-c", code), 40, 30, alone=True)
+    found = run(out, group(out, "one", "first", alone=True), reads, archive=archive)
+    assert not found["reads"]["errors"]
+    assert (out / "reads.log").read_bytes() == (out / "one.json").read_bytes()
+    with tarfile.open(archive) as file:
+        assert file.getnames() == ["campaign.json", "one.json", "product.log", "reads.log"]
+        for name in file.getnames():
+            kept = file.extractfile(name)
+            assert kept is not None
+            assert kept.read() == (out / name).read_bytes()
+    assert [path.name for path in archive.parent.iterdir()] == [archive.name]
 
 
 def test_what_failed_a_check_or_ended_before_its_first_item_is_no_success(tmp_path: Path) -> None:
