@@ -1,10 +1,12 @@
 """Gather the wheels of Expertune's stack and of its GPU peers for a machine without a network.
 
     python benchmarks/peers/gather_wheels.py OUT_DIR [--installed FREEZE.txt] [--python 3.12] [--peers unsloth ...]
+        [--most-mb 60]
 
 The pins, and why each is there, are in gpu-constraints.txt beside this file. `OUT_DIR` gets the wheels, a requirements
-file for each of the two folders that they are installed into (benchmarks/README.md), and manifest.json. Nothing is left
-there where the wheels exceed the limit. Needs pip and packaging, nothing of the project's own.
+file for each of the two folders that they are installed into (benchmarks/README.md), and manifest.json. Where they are
+more than --most-mb, peers are left out, the last named first; nothing is left there where Expertune's own do not fit.
+Needs pip and packaging, nothing of the project's own.
 """
 
 import argparse
@@ -18,15 +20,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 PINS = Path(__file__).with_name("gpu-constraints.txt")
-LIMIT_BYTES = 60_000_000
+LIMIT_MB = 60
 FOLDERS = ("current", "pinned")
 EVERY_PEER, OURS = "all", "ours"
 
@@ -190,21 +193,36 @@ def strip_wheel(wheel: Path, unwanted: str, kept: str) -> list[str]:
     return removed
 
 
-def require_fit(sizes: Mapping[str, int], limit_bytes: int = LIMIT_BYTES) -> int:
-    """The sum of bytes.
+Entry = dict[str, Any]
+"""A wheel in the manifest: its pin, its file, and what the file is."""
+
+
+def fit(entries: Sequence[Entry], peers: Sequence[str], most_bytes: float) -> tuple[list[Entry], list[str]]:
+    """Leave out peers, the last first, until the wheels of the others fit.
+
+    Args:
+        entries: of all wheels that were gathered.
+        peers: most valuable first.
+        most_bytes: that they may be, each file counted once.
+
+    Returns:
+        The entries that are left, and the peers that are.
 
     Raises:
-        GatherError: it exceeds the limit; the largest wheels are named.
+        GatherError: Expertune's own exceed the limit; the largest wheels are named.
     """
-    total = sum(sizes.values())
-    if total > limit_bytes:
-        largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
-        named = ", ".join(f"{name} ({sizes[name] / 1e6:.1f} MB)" for name in largest)
-        raise GatherError(
-            f"{total / 1e6:.1f} MB of wheels, {limit_bytes / 1e6:.0f} MB allowed; the largest: {named}. Say what the "
-            "machine has with --installed, or ask for fewer peers with --peers"
-        )
-    return total
+    for count in range(len(peers), -1, -1):
+        needed = {EVERY_PEER, OURS, *peers[:count]}
+        left = [entry for entry in entries if needed & set(entry["peers"])]
+        sizes: dict[str, int] = {entry["file"]: entry["bytes"] for entry in left}
+        if sum(sizes.values()) <= most_bytes:
+            return left, list(peers[:count])
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
+    named = ", ".join(f"{name} ({sizes[name] / 1e6:.1f} MB)" for name in largest)
+    raise GatherError(
+        f"{sum(sizes.values()) / 1e6:.1f} MB of wheels without any peer, {most_bytes / 1e6:.0f} MB allowed; the "
+        f"largest: {named}. Say what the machine has with --installed"
+    )
 
 
 def download(pins: Iterable[Pin], folder: Path, python: str) -> None:
@@ -223,28 +241,27 @@ def download(pins: Iterable[Pin], folder: Path, python: str) -> None:
         raise GatherError(f"pip could not fetch every wheel: {' '.join(errors) or done.stderr[-1000:]}")
 
 
-def gather(pins: Iterable[Pin], folder: Path, python: str) -> list[dict[str, object]]:
+def gather(pins: Iterable[Pin], folder: Path, python: str) -> list[Entry]:
     """Fetch, strip and describe the wheels.
 
     Returns:
         One entry per wheel for the manifest.
 
     Raises:
-        GatherError: pip failed, or the wheels exceed the limit.
+        GatherError: pip failed.
     """
     pins = list(pins)
     for name in FOLDERS:  # a run of pip takes one version of a package
         if here := [pin for pin in pins if pin.folder == name]:
             download(here, folder, python)
     wheels = {(str(name), str(version)): path for path, name, version in _wheels(folder)}
-    entries: list[dict[str, object]] = []
+    entries: list[Entry] = []
     for pin in pins:
         path = wheels[pin.name, pin.version]
         removed = strip_wheel(path, *STRIPPED[pin.name]) if pin.name in STRIPPED else []
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         stripped = {"files_stripped": len(removed)} if removed else {}
         entries.append({**asdict(pin), "file": path.name, "bytes": path.stat().st_size, "sha256": digest, **stripped})
-    require_fit({path.name: path.stat().st_size for path in wheels.values()})
     return entries
 
 
@@ -261,7 +278,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="a folder that does not exist yet, or is empty")
     parser.add_argument("--installed", type=Path, metavar="FREEZE.txt", help="`pip freeze` of the GPU machine")
     parser.add_argument("--python", default="3.12", help="the GPU machine's Python; default 3.12")
-    parser.add_argument("--peers", nargs="+", help="gather for these peers and ours; default: for all")
+    parser.add_argument("--peers", nargs="+", help="for these and ours, most valuable first; default: for all")
+    parser.add_argument("--most-mb", type=float, default=LIMIT_MB, help=f"of wheels; default {LIMIT_MB}")
     args = parser.parse_args(arguments)
     try:
         print(_gather_into(args))
@@ -276,25 +294,29 @@ def _gather_into(args: argparse.Namespace) -> str:
     if out.exists() and any(out.iterdir()):
         raise GatherError(f"{out} is not empty; name a new folder")
     pins, left_out = read_pins(PINS.read_text(encoding="utf-8"))
-    known = {peer for pin in pins for peer in pin.peers} - {EVERY_PEER}
-    peers = set(args.peers or known) | {OURS}
-    if unknown := peers - known:
+    known = [peer for peer in dict.fromkeys(p for pin in pins for p in pin.peers) if peer not in (EVERY_PEER, OURS)]
+    asked = [peer for peer in dict.fromkeys(args.peers or known) if peer != OURS]
+    if unknown := set(asked) - set(known):
         raise GatherError(f"no such peer: {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
     installed = read_installed(args.installed.read_text(encoding="utf-8")) if args.installed else {}
-    chosen = choose(pins, installed, peers)
+    chosen = choose(pins, installed, {OURS, *asked})
 
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        entries = gather(chosen, beside, args.python)
+        entries, peers = fit(gather(chosen, beside, args.python), asked, args.most_mb * 1e6)
+        for path in beside.glob("*.whl"):
+            if path.name not in {entry["file"] for entry in entries}:
+                path.unlink()
         for folder in FOLDERS:
-            lines = [f"{pin.name}=={pin.version}\n" for pin in chosen if pin.folder == folder]
+            lines = [f"{entry['name']}=={entry['version']}\n" for entry in entries if entry["folder"] == folder]
             (beside / f"requirements-{folder}.txt").write_text("".join(lines), encoding="utf-8")
         manifest = {
             "python": args.python,
-            "peers": sorted(peers),
+            "peers": peers,
+            "peers_left_out": [peer for peer in asked if peer not in peers],
             "total_bytes": sum(wheel.stat().st_size for wheel in beside.glob("*.whl")),
-            "limit_bytes": LIMIT_BYTES,
+            "most_bytes": int(args.most_mb * 1e6),
             "wheels": entries,
             "on_the_machine": sorted({pin.name for pin in pins} & set(installed)),
             "left_out": [asdict(entry) for entry in left_out],
@@ -306,7 +328,8 @@ def _gather_into(args: argparse.Namespace) -> str:
         beside.rename(out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return f"{out}: {len(entries)} wheels, {manifest['total_bytes'] / 1e6:.1f} MB of {LIMIT_BYTES / 1e6:.0f} MB"
+    said = f"{out}: {len(entries)} wheels, {manifest['total_bytes'] / 1e6:.1f} MB of {args.most_mb:g} MB"
+    return f"{said}; no room for {', '.join(without)}" if (without := manifest["peers_left_out"]) else said
 
 
 if __name__ == "__main__":

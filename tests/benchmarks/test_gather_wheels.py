@@ -2,22 +2,24 @@
 
 import csv
 import io
+import json
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from benchmarks.peers import gather_wheels
 from benchmarks.peers.gather_wheels import (
-    LIMIT_BYTES,
     PINS,
     STRIPPED,
     GatherError,
     Pin,
     choose,
+    fit,
     main,
     read_installed,
     read_pins,
-    require_fit,
     rewrite_record,
     strip_wheel,
 )
@@ -63,10 +65,25 @@ def test_a_record_keeps_paths_with_commas_and_the_other_lines_as_they_are() -> N
     assert rewrite_record(record, {"d.so"}) == '"a,b.py",sha256=x,1\nc.py,sha256=y,2\n'
 
 
-def test_more_than_the_limit_is_refused_and_the_largest_is_named_first() -> None:
-    with pytest.raises(GatherError, match=r"70\.0 MB of wheels, 60 MB allowed; the largest: huge\.whl \(50\.0 MB\)"):
-        require_fit({"small.whl": 20_000_000, "huge.whl": 50_000_000}, 60_000_000)
-    assert require_fit({"small.whl": LIMIT_BYTES}) == LIMIT_BYTES
+def entry(file: str, mb: float, *peers: str) -> dict[str, Any]:
+    return {"file": file, "bytes": int(mb * 1e6), "peers": peers}
+
+
+def test_peers_are_left_out_the_last_first_until_the_rest_fits() -> None:
+    ours, both, a, b = entry("o", 20, "all"), entry("x", 10, "a", "b"), entry("y", 5, "a"), entry("z", 1, "b")
+    again = entry("x", 10, "b")  # the same file for the other folder
+    everything = [ours, both, again, a, b]
+    assert fit(everything, ["a", "b"], 36e6) == (everything, ["a", "b"])
+    assert fit(everything, ["a", "b"], 35e6) == ([ours, both, a], ["a"])
+    assert fit(everything, ["b", "a"], 35e6) == ([ours, both, again, b], ["b"])
+    assert fit(everything, ["a", "b"], 34e6) == ([ours], [])
+
+
+def test_where_expertunes_own_do_not_fit_the_largest_are_named() -> None:
+    own = [entry("small.whl", 20, "all"), entry("huge.whl", 50, "ours"), entry("peer.whl", 60, "a")]
+    message = r"70\.0 MB of wheels without any peer, 60 MB allowed; the largest: huge\.whl \(50\.0 MB\), small"
+    with pytest.raises(GatherError, match=message):
+        fit(own, ["a"], 60e6)
 
 
 def test_a_pin_says_its_folder_peers_and_what_else_will_do() -> None:
@@ -122,15 +139,42 @@ def test_the_projects_own_pins_are_in_order() -> None:
     assert not {name for entry in left_out for name in entry.names} & {pin.name for pin in known}
 
 
+def gathered(out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
+    """The manifest of wheels of 10 kB each, 1 MB for Unsloth's, which no network has given."""
+
+    def download(pins: Iterable[Pin], folder: Path, python: str) -> None:
+        for pin in pins:
+            with zipfile.ZipFile(folder / f"{pin.name.replace('-', '_')}-{pin.version}-py3-none-any.whl", "w") as file:
+                file.writestr("content", b"x" * (1_000_000 if pin.name == "unsloth" else 10_000))
+
+    monkeypatch.setattr(gather_wheels, "download", download)
+    monkeypatch.setattr(gather_wheels, "strip_wheel", lambda *arguments: [])
+    assert main([str(out), *options]) == 0
+    return json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+
+
 def test_expertunes_own_packages_come_along_whatever_peers_are_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen: list[Pin] = []
-    monkeypatch.setattr(gather_wheels, "gather", lambda pins, folder, python: chosen.extend(pins) or [])
-    assert main([str(tmp_path / "wheels"), "--peers", "grouped_nf4_gemm"]) == 0
-    names = {pin.name for pin in chosen}
+    manifest = gathered(tmp_path / "wheels", monkeypatch, "--peers", "grouped_nf4_gemm")
+    names = {wheel["name"] for wheel in manifest["wheels"]}
     assert {"peft", "typer", "datasets", "transformers", "grouped-nf4-gemm"} <= names
     assert not {"experts4bit-qlora", "unsloth"} & names
+
+
+def test_a_folder_has_the_wheels_of_those_peers_alone_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "wheels"
+    everything = gathered(tmp_path / "all", monkeypatch)
+    assert everything["peers"] == ["grouped_nf4_gemm", "experts4bit", "unsloth", "axolotl"]
+    manifest = gathered(out, monkeypatch, "--most-mb", "1")
+    assert manifest["peers"] == ["grouped_nf4_gemm", "experts4bit"]
+    assert manifest["peers_left_out"] == ["unsloth", "axolotl"]
+    found = {path.name: path.stat().st_size for path in out.glob("*.whl")}
+    assert found.keys() == {wheel["file"] for wheel in manifest["wheels"]}
+    assert sum(found.values()) == manifest["total_bytes"] <= 1_000_000
+    current, pinned = ((out / f"requirements-{name}.txt").read_text().split() for name in ("current", "pinned"))
+    assert "experts4bit-qlora==0.58.1" in current
+    assert not pinned
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
