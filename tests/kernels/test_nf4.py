@@ -248,6 +248,17 @@ def test_weights_that_are_not_finite_are_counted_in_the_refusal(bad: float, dtyp
         quantize_matrix(matrix)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1], ids=["of CPUs", "of GPUs", "bytes of 255"])
+def test_scale_that_is_nan_gives_no_number_whatever_its_bits(bits: int, dtype: torch.dtype) -> None:
+    packed, absmax, *none = quantize_matrix(torch.randn(2, 128), double_quantization=False)
+    absmax.view(torch.int32)[2] = bits
+    found = dequantize_whole(nf4, one_matrix(packed, absmax, *none), dtype)
+    assert found[1, :64].isnan().all()
+    assert found[0].isfinite().all()
+    assert found[1, 64:].isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(4, 63), (4, 96), (64,), (2, 4, 64), (0, 64), (4, 0)])
 def test_shapes_that_cannot_be_cut_into_blocks_are_refused_with_the_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"got \(" + ", ".join(map(str, shape))):

@@ -122,15 +122,18 @@ INLINE __m256 look_up(__m256i index, __m256 table_low, __m256 table_high)
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
 
-/* Rounded to the nearest bfloat16, ties to even, in the high half of each lane. Inputs are finite. */
+/* Rounded to the nearest bfloat16, ties to even, in the high half of each lane. A NaN stays one: rounded as a number, that of
+   GPUs, all of whose bits are set, would become 0. */
 INLINE __m256i round_bfloat16(__m256 values)
 {
     __m256i bits = _mm256_castps_si256(values);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    __m256 none = _mm256_cmp_ps(values, values, _CMP_UNORD_Q);
+    return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), values, none));
 }
 
-/* The same of one number; a NaN stays one. */
+/* The same of one number. */
 INLINE uint16_t to_bfloat16(float value)
 {
     uint32_t bits;
