@@ -4,6 +4,7 @@ Shape suffixes: N rows, K columns, B blocks of 64 in a row.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,8 +43,28 @@ MXFP4_CODEBOOK = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5
 _LEAST_POWER_BITS = 0x00400000  # 2 ** -127, float32
 
 
-@functools.cache
-@torch.inference_mode(False)  # kept beyond the caller's inference mode
+_tables: list[Tensor] = []
+
+
+def _kept(make: Callable[..., Tensor]) -> "functools._lru_cache_wrapper[Tensor]":
+    """Make a table once for its arguments, outside of the caller's inference mode, and never let go of it.
+
+    The native library is given pointers to tables. Of threads that ask first at once each makes one, and the last one's
+    takes the place of the others in the cache: they must stay too.
+    """
+
+    @functools.cache
+    @functools.wraps(make)
+    def kept(*key: object) -> Tensor:
+        with torch.inference_mode(False):
+            table = make(*key)
+        _tables.append(table)
+        return table
+
+    return kept
+
+
+@_kept
 def codebook(scheme: Scheme, device: torch.device) -> Tensor:
     """The 16 values that a code stands for, float32 [16]."""
     values = MXFP4_CODEBOOK if scheme == "mxfp4" else NF4_CODEBOOK
@@ -55,23 +76,20 @@ def nf4_codebook(device: torch.device) -> Tensor:
     return codebook("nf4", device)
 
 
-@functools.cache
-@torch.inference_mode(False)  # kept beyond the caller's inference mode
+@_kept
 def nf4_bounds() -> Tensor:
     """Float32 [15] on the CPU: a scaled weight's code is the number of bounds below it, as in bitsandbytes."""
     codebook = nf4_codebook(torch.device("cpu"))
     return (codebook[:-1] + codebook[1:]) / 2
 
 
-@functools.cache
-@torch.inference_mode(False)  # kept beyond the caller's inference mode
+@_kept
 def fit_factors() -> Tensor:
     """Float32 on the CPU: multiples of a block's absmax that are tried as its scale."""
     return torch.tensor([_FIRST_FACTOR + _FACTOR_STEP * step for step in range(_FIT_STEPS)], dtype=torch.float32)
 
 
-@functools.cache
-@torch.inference_mode(False)  # kept beyond the caller's inference mode
+@_kept
 def dynamic_codebook(device: torch.device) -> Tensor:
     """The signed 8-bit dynamic map that holds the absmax values, float32 [256] (Dettmers 2016, section 3)."""
     # Seven exponent indicators: each halves the number of fraction steps of the one above and divides by ten.
