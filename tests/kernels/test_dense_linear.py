@@ -52,6 +52,14 @@ def test_no_tokens_give_nothing_and_get_no_gradient() -> None:
     assert tuple(torch.autograd.grad(y.sum(), x)[0].shape) == (0, 64)
 
 
+@pytest.mark.parametrize("shape", [(0, 64), (8, 0)], ids=["no outputs", "no inputs"])
+def test_matrix_without_numbers_gives_zeros_as_torch_does(shape: tuple[int, int]) -> None:
+    x, weight = torch.randn(3, shape[1]).bfloat16().requires_grad_(), torch.empty(shape).bfloat16()
+    y = dense_linear(x, weight)
+    assert torch.equal(y, x.detach() @ weight.t())
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.zeros(3, shape[1]).bfloat16())
+
+
 def test_checkpointed_gradient_is_the_plain_one_to_the_bit() -> None:
     x, weight = torch.randn(9, 64).bfloat16().requires_grad_(), torch.randn(33, 64).bfloat16()
     (plain,) = torch.autograd.grad(dense_linear(x, weight).sum(), x)

@@ -44,7 +44,7 @@ def dense_linear(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
 def _product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     """x @ W.T, or x @ W, which is the former's input gradient."""
     with no_autocast(x):
-        in_integers = weight.dtype == torch.bfloat16 and weight.stride(1) == 1
+        in_integers = weight.dtype == torch.bfloat16 and weight.stride(1) == 1 and weight.numel() > 0
         if in_integers and native.available() and native.arithmetic(torch.bfloat16) == native.INTEGERS:
             return fused_product(x, weight[None], _columns(weight, transposed), transposed)
         return _in_tiles(x, weight, transposed)
@@ -77,7 +77,7 @@ def _in_tiles(x: Tensor, weight_NK: Tensor, transposed: bool) -> Tensor:
     x32 = workspace.as_float(x, "linear_input")
     if not transposed:
         out.zero_()
-    step = max(_TILE // weight_NK.shape[1], 1)
+    step = max(_TILE // max(weight_NK.shape[1], 1), 1)
     for start in range(0, len(weight_NK), step):
         weight_nK = weight_NK[start : start + step].float()
         part = slice(start, start + len(weight_nK))
