@@ -52,9 +52,10 @@ def off_by(found: Tensor, expected: Tensor) -> float:
 )
 @pytest.mark.parametrize("kind", KINDS)
 # Blocks in odd numbers, rows that are a multiple of nothing, more tokens than share a look-up, scales that begin anew
-# within 16 blocks.
+# within 16 blocks, and rows longer than the stretch of blocks whose factors are computed together.
 @pytest.mark.parametrize(
-    ("tokens", "rows", "columns"), [(1, 40, 128), (1, 9, 1088), (3, 33, 192), (9, 7, 64), (5, 70, 1216), (18, 35, 1024)]
+    ("tokens", "rows", "columns"),
+    [(1, 40, 128), (1, 9, 1088), (1, 5, 8512), (3, 33, 192), (9, 7, 64), (5, 70, 1216), (18, 35, 1024)],
 )
 def test_product_is_that_of_plain_arithmetic(
     avx512: bool, fine: bool, kind: str, tokens: int, rows: int, columns: int
@@ -150,6 +151,25 @@ def test_small_numbers_beside_an_outlier_are_off_by_its_rounding_and_not_more() 
     x[0, 3] = 0.5
     gemv([Product(weight.bytes, x, y)], 1)
     assert ((y - x.double() @ w.t()).abs() < CLOSE * (x.double() @ w.abs().t())).all()
+
+
+@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize(("kind", "codes"), [("plain", (0xFF, 0x00)), ("mxfp4", (0x77, 0xFF))])
+def test_largest_sums_that_are_possible_do_not_overflow(kind: str, codes: tuple[int, int], fine: bool) -> None:
+    x = torch.ones(4, 192)
+    x[2] = 100.5  # between two integers, where the largest is
+    x[2, ::64] = 16128.0
+    x[1::2] = -x[::2]
+    for code in codes:  # the largest value of the codebook, and the most negative one
+        weight = stack_of(1, 9, 192, kind)
+        weight.packed.fill_(code)
+        weight.absmax.fill_(127 if kind == "mxfp4" else 1.0)
+        w = weight.dequantize(0, torch.float32).double()
+        expected, most = x.double() @ w.t(), x.abs().amax(1, keepdim=True) @ w.abs().sum(1)[None].float()
+        for some in (slice(0, 4), *(slice(token, token + 1) for token in range(4))):
+            y = torch.empty_like(expected[some], dtype=torch.float32)
+            gemv([Product(weight.bytes, x[some], y)], len(y), fine=fine)
+            assert ((y - expected[some]).abs() < (2**-19 if fine else 2**-14) * most[some]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
