@@ -126,12 +126,40 @@ def test_tokenizer_that_needs_its_code_names_the_option(small_mixtral: Path, tmp
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("tokenizer_class", "model_type", "loads"),
+    [
+        ("OwnTokenizer", "mixtral", False),  # which transformers would read by the class of the model's type
+        (None, "mixtral", False),
+        ("LlamaTokenizer", "mixtral", True),
+        ("OwnTokenizer", "phimoe", True),  # of which transformers says that it does without
+    ],
+)
+def test_tokenizer_of_a_known_model_is_not_replaced_by_a_plain_one_in_silence(
+    small_mixtral: Path, tmp_path: Path, tokenizer_class: str | None, model_type: str, loads: bool
+) -> None:
+    from expertune.checkpoint.tokenizer import load_tokenizer
+
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"):
+        shutil.copy(small_mixtral / name, tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings |= {"auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}, "tokenizer_class": tokenizer_class}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": model_type}), encoding="utf-8")
+    if loads:
+        assert load_tokenizer(tmp_path).encode("Who?", add_special_tokens=False)
+        return
+    with pytest.raises(CheckpointError, match="tokenizer cannot be loaded: it comes with Python code of its own"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("overrides", [[], ["trust_remote_code=yes"]])
 def test_run_file_that_asks_for_trust_is_refused_with_the_option(
     overrides: list[str], run_values: dict[str, Any], run_file: Callable[[dict[str, Any]], Path]
 ) -> None:
     path = run_file(run_values if overrides else run_values | {"trust_remote_code": True})
-    with pytest.raises(ConfigError, match=r"run\.yaml: trust_remote_code is no key.*give --trust-remote-code"):
+    with pytest.raises(ConfigError, match=r"run\.yaml.*: trust_remote_code is no key.*give --trust-remote-code"):
         load_config(path, overrides)
 
 

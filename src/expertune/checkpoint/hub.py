@@ -10,6 +10,12 @@ CODE = ["*.py"]
 SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
 _WEIGHTS = ["*.safetensors"]
 
+UNASKED_CODE = (
+    "it comes with Python code of its own, which is not run unasked; read the code, and if you trust it give "
+    + option("trust-remote-code")
+)
+"""Why a model or tokenizer is not loaded."""
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -155,7 +161,4 @@ def refusal(error: Exception) -> str:
     reason = reason if len(reason) <= 400 else f"{reason[:400]} ..."
     if "trust_remote_code" not in text:
         return reason
-    return (
-        "it comes with Python code of its own, which is not run unasked; read the code, and if you trust it give "
-        + option("trust-remote-code")
-    )
+    return UNASKED_CODE

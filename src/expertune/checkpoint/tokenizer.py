@@ -4,10 +4,12 @@ import contextlib
 import json
 from pathlib import Path
 
+import transformers
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto import tokenization_auto
 
 from expertune.checkpoint.context import read_config
-from expertune.checkpoint.hub import refusal
+from expertune.checkpoint.hub import UNASKED_CODE, refusal
 from expertune.checkpoint.sentencepiece_model import converted, needs_conversion
 from expertune.errors import CheckpointError
 
@@ -19,13 +21,15 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
     """The tokenizer of a model folder.
 
     Raises:
-        CheckpointError: the folder has none, or one that cannot be read, has no vocabulary, has no end-of-sequence
-            token, or has tokens that the model has no embedding for.
+        CheckpointError: the folder has none, or one that cannot be read, is a class of its own and not trusted, has no
+            vocabulary, has no end-of-sequence token, or has tokens that the model has no embedding for.
     """
     folder = Path(folder)
     try:
         with converted(folder) if needs_conversion(folder) else contextlib.nullcontext(folder) as readable:
             config = read_config(readable, trust_remote_code)
+            if not trust_remote_code:
+                _require_known_class(folder, getattr(config, "model_type", ""))
             tokenizer = AutoTokenizer.from_pretrained(readable, config=config, trust_remote_code=trust_remote_code)
         tokenizer.name_or_path = str(folder)
         ids = tokenizer.encode(_ORDINARY_TEXT, add_special_tokens=False)
@@ -50,6 +54,25 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
         raise CheckpointError(f"{folder}: the tokenizer has no end-of-sequence token, so that answers would never end")
     _require_embeddings(tokenizer, folder, config)
     return tokenizer
+
+
+def _require_known_class(folder: Path, model_type: str) -> None:
+    """Refuse a tokenizer that is a class of the folder's own: without it, transformers reads tokenizer.json by another.
+
+    That is taken, as a model's code is where transformers has the model's type, if `tokenizer_class` names a class of
+    transformers, or transformers says of the model's type that it does without the class. Read from 5.23.
+    """
+    try:
+        said = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        code, name = said.get("auto_map"), said.get("tokenizer_class")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # missing or damaged, of which transformers' error says more
+    code = code.get("AutoTokenizer") if isinstance(code, dict) else code
+    if not code or (isinstance(name, str) and hasattr(transformers, name.removesuffix("Fast"))):
+        return
+    if model_type in getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", ()):
+        return
+    raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {UNASKED_CODE}")
 
 
 def _reason(folder: Path, error: BaseException) -> str:
