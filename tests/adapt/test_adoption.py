@@ -283,6 +283,14 @@ MIXED: dict[str, tuple[dict[str, Any], str]] = {
         {"lora_alpha": 16},
         r"adapter_config\.json has r 4 and lora_alpha 16, and its tensors were written for an r and a",
     ),
+    "targets that are fewer": (
+        {"target_modules": ["w1", "w2", "w3", "q_proj", "lm_head"]},
+        r"the tensors have factors of \S+k_proj and 5 more modules, which target_modules of adapter_config\.json",
+    ),
+    "one target fewer": (
+        {"target_modules": ["w1", "w2", "w3", "q_proj", "k_proj", "v_proj", "o_proj"]},
+        r"the tensors have factors of lm_head, which .*or add lm_head to target_modules$",
+    ),
     "rslora": ({"use_rslora": True}, r"adapter_config\.json has use_rslora true, and its tensors were written for"),
 }
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from expertune.adapt.factors import PerExpert
 from expertune.adapt.layout_trial import StockLayout
-from expertune.adapt.validation import require_valid_config, require_valid_tensors
+from expertune.adapt.validation import require_targets_of_tensors, require_valid_config, require_valid_tensors
 from expertune.checkpoint.adapter_folder import CONFIG_NAME, LIVE_NAME, SETTINGS, SETTINGS_KEY, WEIGHTS_NAME
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.json_file import read_mapping
@@ -159,6 +159,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         CheckpointError: see `read_adapter_config` and `read_adapter_tensors`; or the two are not of one adapter.
     """
     config, tensors = read_adapter_config(folder), read_adapter_tensors(folder)
+    require_targets_of_tensors(str(folder), config, tensors)
     live = Path(folder) / LIVE_NAME
     try:
         factors = load_file(live) if live.is_file() else {}

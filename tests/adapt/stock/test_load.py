@@ -1,5 +1,7 @@
 """Adapters of runs and of stock PEFT on an NF4 folder, by every call of PEFT and transformers."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,20 @@ def test_an_adapter_on_selected_experts_is_refused_with_what_loads_it(model: Pre
     folder, *_ = written("mixtral", "experts", experts={"share": 0.3, "layers": layers})
     with pytest.raises(CheckpointError, match=r"has no adapter.*\(lora.experts\) is loaded by expertune.load_adapter"):
         PeftModel.from_pretrained(model, str(folder))
+
+
+@pytest.mark.parametrize(
+    ("left", "told"), [(["w1", "w2", "w3", "q_proj"], "k_proj"), (["q_proj", "k_proj"], "experts")]
+)
+def test_a_config_that_names_fewer_modules_than_the_file_holds_is_refused(
+    left: list[str], told: str, model: PreTrainedModel, written: Any, tmp_path: Path
+) -> None:
+    adapter, _, _ = written("mixtral", "q_proj", "k_proj", "experts")
+    shutil.copytree(adapter, tmp_path / "narrow")
+    path = tmp_path / "narrow" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": left}))
+    with pytest.raises(CheckpointError, match=rf"holds an adapter of \S+{told}, which its config does not name"):
+        PeftModel.from_pretrained(model, str(tmp_path / "narrow"))
 
 
 def test_an_adapter_of_other_layers_is_refused(model: PreTrainedModel, written: Any) -> None:

@@ -100,13 +100,13 @@ def _fit(
     held: dict[str, Ranks] = {}
     for name, projections in factors.experts.items():
         if name not in layers:
-            raise CheckpointError(
-                f"the file holds an adapter of {name}, which its config does not name; is it this adapter's config?"
-            )
+            raise CheckpointError(_not_named(name))
         for projection, (pair, *_) in projections.items():
             rank = len(pair.a)
             alpha = pair.scale * (math.sqrt(rank) if config.use_rslora else rank)
             held.setdefault(name, {})[projection] = (rank, alpha)
+    if beyond := next((name for name in factors.linears if name not in layers), None):
+        raise CheckpointError(_not_named(beyond))
     is_untrained = _is_untrained(layers.values(), adapter)
     for name, layer in layers.items():
         if isinstance(layer, ExpertsLora):
@@ -130,6 +130,10 @@ def _fit(
             layer.delete_adapter(adapter)
     if isinstance(config, StockLoraConfig):
         config.keep({name for name, layer in base.named_modules() if isinstance(layer, LoraLayer)})
+
+
+def _not_named(module: str) -> str:
+    return f"the file holds an adapter of {module}, which its config does not name; is it this adapter's config?"
 
 
 def _is_untrained(layers: Iterable[LoraLayer], adapter: str) -> bool:
