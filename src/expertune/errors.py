@@ -4,8 +4,9 @@ The command line turns any `ExpertuneError` into exit code 2 and one message on 
 wrong, where (file, row, key or tensor), and how to fix it. Anything else that escapes is a bug.
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class ExpertuneError(Exception):
@@ -84,6 +85,21 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     known = sorted(known)
     meant = nearest(name, known, cutoff)
     return f"; did you mean {meant}?" if meant else f"; known: {', '.join(known)}"
+
+
+@contextlib.contextmanager
+def naming(where: str, kind: type[ExpertuneError] = ExpertuneError) -> Iterator[None]:
+    """Let errors of what is done inside begin with the key or the option that a value or a file was given as.
+
+    Args:
+        where: the key or the option.
+        kind: which errors; others stay as they are.
+    """
+    try:
+        yield
+    except kind as error:
+        error.args = (f"{where}: {error}",)
+        raise
 
 
 def option(name: str, value: str = "") -> str:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import expertune
+from expertune.errors import ConfigError
 
 
 def plan_of(fits):
@@ -139,7 +140,35 @@ def test_data_of_rows_that_a_run_would_refuse_is_exit_code_2(run, toy_run, tmp_p
     (tmp_path / "rows.jsonl").write_text('{"text": "Who?", "role": "prompter", "parent_id": null}\n')
     code, out, err = run("data", "run.yaml")
     assert (code, out) == (2, "")
-    assert err.startswith("expertune: error: rows.jsonl: the examples have a column text, but role beside it")
+    assert err.startswith(
+        "expertune: error: data.train: rows.jsonl: the examples have a column text, but role beside it"
+    )
+
+
+@pytest.mark.parametrize("command", ["data", "plan"])
+@pytest.mark.parametrize("key", ["data.train", "data.eval"])
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (None, "other.jsonl: no such file"),
+        ('{"prompt": "Who?"\n', "other.jsonl: not one of 1 examples can be read; other.jsonl: row 1"),
+        ('{"question": "Who?"}\n', "other.jsonl: "),
+    ],
+)
+def test_the_key_of_the_examples_that_are_wrong_is_named(run, toy_run, tmp_path, command, key, rows, said):
+    if rows is not None:
+        (tmp_path / "other.jsonl").write_text(rows)
+    code, out, err = run(command, "run.yaml", f"{key}=other.jsonl")
+    told = " ".join((out + err).split())
+    assert code == (2 if command == "data" else 0)
+    assert f"{'error' if command == 'data' else 'would stop at this'}: {key}: {said}" in told
+
+
+def test_a_memory_that_is_no_size_is_told_with_the_option(run, toy_run):
+    message = "--memory: '12XB' is not a size; write it as 24GB, 16GiB or a number of bytes"
+    assert run("plan", "run.yaml", "--memory", "12XB") == (2, "", f"expertune: error: {message}\n")
+    with pytest.raises(ConfigError, match="memory: '12XB' is not a size"):
+        expertune.plan("run.yaml", memory="12XB")
 
 
 @pytest.fixture

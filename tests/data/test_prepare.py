@@ -122,7 +122,7 @@ def test_bad_examples_stop_the_run_with_one_message(tmp_path, tiny_tokenizer):
     with pytest.raises(DataError) as caught:
         prepare_examples(DataConfig(train=str(path)), "train", tiny_tokenizer)
     first, *rest = str(caught.value).split("\n")
-    assert first == f"{path}: 7 of 20 examples cannot be used; first:"
+    assert first == f"data.train: {path}: 7 of 20 examples cannot be used; first:"
     assert (
         rest[0] == "  rows.jsonl: row 3: empty completion: completion holds no text; fill it in or delete the example"
     )

@@ -12,7 +12,7 @@ import expertune
 from expertune.cli.arguments import Json, Overrides, RunFile, TrustRemoteCode, TrustRewards, Verbose
 from expertune.cli.lazy_torch import import_torch_when_used
 from expertune.distributed.processes import launched
-from expertune.errors import ConfigError
+from expertune.errors import ConfigError, naming
 from expertune.gpus import find_device
 from expertune.run.signals import Terminated
 from expertune.storage import write_text
@@ -104,7 +104,8 @@ def plan(
     if memory is not None:
         from expertune.config import parse_size
 
-        parse_size(memory)
+        with naming("--memory"):
+            parse_size(memory)
     import_torch_when_used()
     # What no plan has kept is read with libraries that are imported then.
     with stdout_for_results(), working("planning"), importing():

@@ -26,12 +26,12 @@ from expertune.data.lint import (
 from expertune.data.messages import is_conversation
 from expertune.data.pairs import AnswerTally, answer_warnings, require_both_labels, with_leak_told
 from expertune.data.readers import SourceExample
-from expertune.data.sources import SourceExamples, find_source
+from expertune.data.sources import Source, SourceExamples, find_source
 from expertune.data.special_tokens import SpecialTokens
 from expertune.data.template import default_template, is_own_file, load_template, own_file_names
 from expertune.data.text_ids import TokenizesAhead
 from expertune.data.trial import try_template
-from expertune.errors import ConfigError, DataError
+from expertune.errors import ConfigError, DataError, naming
 from expertune.text import counted
 
 Progress = Callable[[int, int], None]
@@ -62,31 +62,35 @@ def prepare_examples(
         The examples in the source's order, and the report for the run record; those of a large source lie in a file.
 
     Raises:
-        DataError: the source cannot be read, or examples fail the data check and `data.on_error` is `stop`, or none is
-            left. One message names the first bad examples and counts them all.
+        DataError: names `data.train` or `data.eval`: the source cannot be read, or examples fail the data check and
+            `data.on_error` is `stop`, or none is left. One message names the first bad examples and counts them all.
         ConfigError: the template, the tokenizer or `data.eval` is not fit for it.
     """
     check_tokenizer(tokenizer)
     spec = data.train if which == "train" else data.eval
     if spec is None:
         raise ConfigError("data.eval names no examples; set it to files, a hub dataset or a slice of one")
-    source = find_source(spec)
-    walk = _Pipeline(data, objective, tokenizer, progress, sample_size)
+    with naming(f"data.{which}", DataError):
+        found = _prepared(find_source(spec), _Pipeline(data, objective, tokenizer, progress, sample_size))
+        if which == "train" and sample_size is None:
+            require_both_labels(found.report)
+    return found
+
+
+def _prepared(source: Source, walk: "_Pipeline") -> TokenizedExamples:
+    """The examples of a source; those of a large one are looked for in files that earlier runs have kept."""
     is_large = token_cache.is_large(source)
-    if is_large and sample_size is None:
-        found = token_cache.kept_examples(
-            token_cache.cache_key(source, data, tokenizer, objective),
+    if is_large and walk.sample_size is None:
+        given = walk.tokenizer, walk.objective
+        return token_cache.kept_examples(
+            token_cache.cache_key(source, walk.data, *given),
             source.name,
             lambda keep: walk.through(source.read(stream=True), keep),
-            lambda report: token_cache.cache_key(source, settled(data, report), tokenizer, objective),
+            lambda report: token_cache.cache_key(source, settled(walk.data, report), *given),
         )
-    else:
-        examples: list[TokenizedExample] = []
-        report = walk.through(source.read(stream=is_large), examples.append)
-        found = TokenizedExamples(examples, report)
-    if which == "train" and sample_size is None:
-        require_both_labels(found.report)
-    return found
+    examples: list[TokenizedExample] = []
+    report = walk.through(source.read(stream=is_large), examples.append)
+    return TokenizedExamples(examples, report)
 
 
 @dataclass(frozen=True)

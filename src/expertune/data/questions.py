@@ -13,7 +13,7 @@ from expertune.data.prepare import choose
 from expertune.data.sources import find_source
 from expertune.data.special_tokens import SpecialTokens
 from expertune.data.template import load_template
-from expertune.errors import ConfigError, did_you_mean
+from expertune.errors import ConfigError, DataError, did_you_mean, naming
 
 # One text: the user's message of a conversation, else the prompt (`instruction`, `question`) without context. Or the
 # columns of an example without its answer; of a conversation, `messages` up to the user's last turn.
@@ -43,8 +43,9 @@ class Questions:
         if len(self._layouts) == 1 or (self._layouts and data.template is not None):
             self.template = load_template(data.template, self._layouts[0], tokenizer)
         else:
-            source = find_source(data.train)
-            layout, self.template = choose(source.read(stream=token_cache.is_large(source)), data, tokenizer)
+            with naming("data.train", DataError):
+                source = find_source(data.train)
+                layout, self.template = choose(source.read(stream=token_cache.is_large(source)), data, tokenizer)
             self._layouts = [layout]
         by_answer = (layout for layout in self._layouts if layout.answer in self.template.names)
         self.layout = next(by_answer, self._layouts[0])

@@ -157,7 +157,9 @@ def score_task(
     rows = rows[: task.rows]
     for row in rows:
         if problem := metric.problem(row.completion):
-            raise DataError(f"{row.place}: the answer {row.completion.strip()!r} {problem}, or correct the row")
+            raise DataError(
+                f"data.eval: {row.place}: the answer {row.completion.strip()!r} {problem}, or correct the row"
+            )
     started = time.monotonic()
     prompts = [encode_prompt(row.prompt, tokenizer) for row in rows]
 

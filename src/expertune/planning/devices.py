@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from expertune.config import RunConfig, parse_size
 from expertune.distributed.processes import launched
-from expertune.errors import ConfigError, option
+from expertune.errors import ConfigError, naming, option
 from expertune.gpus import (
     ETHERNET_100,
     ETHERNET_400,
@@ -97,7 +97,7 @@ class Machine:
         is_here = named is None and (on_cpu or _has_gpu())
         # A size that was asked for comes first, and that of the run file before this machine's, not before a GPU's.
         asked = memory if memory is not None or named else config.memory_budget
-        budget = parse_size(asked) if asked is not None else _memory_of(target, named)
+        budget = _memory_of(target, named) if asked is None else _memory_asked(asked)
         if asked is None and on_cpu:
             budget //= local_size or devices or 1  # processes on one machine share its memory
         dtype = config.quantization.compute_dtype
@@ -205,6 +205,12 @@ def _usual_dtype(device: str) -> Dtype:
     from expertune.placement.device import resolve_compute_dtype
 
     return DTYPES[str(resolve_compute_dtype("auto", torch.device(device))).removeprefix("torch.")]
+
+
+def _memory_asked(size: str | int) -> int:
+    """Bytes of the argument `memory`; the run file has read its `memory_budget` already."""
+    with naming("memory"):
+        return parse_size(size)
 
 
 def _memory_of(device: str, gpu: Device | None) -> int:

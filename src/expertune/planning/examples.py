@@ -6,7 +6,7 @@ from pathlib import Path
 
 from expertune.config import RunConfig
 from expertune.data.sources import find_source, local_bytes, rows_of_slices
-from expertune.errors import ExpertuneError
+from expertune.errors import DataError, ExpertuneError, naming
 from expertune.planning.duration import Lengths
 from expertune.planning.passes import passes_of
 
@@ -29,7 +29,10 @@ def read_lengths(
     data, folder = config.data, Path(config.model).expanduser()
     unread = None
     try:
-        sizes = [local_bytes(spec) for spec in (data.train, data.eval) if spec is not None]
+        sizes = []
+        for key, spec in (("data.train", data.train), ("data.eval", data.eval)):
+            with naming(key, DataError):
+                sizes += [] if spec is None else [local_bytes(spec)]
         if folder.is_dir() and all(num_bytes is not None and num_bytes <= _MOST_TOKENIZED for num_bytes in sizes):
             return (tokenized or _tokenized)(config, trust_remote_code)
     except ExpertuneError as error:  # at which a run stops; a plan goes without
