@@ -119,6 +119,15 @@ def test_what_is_loaded_is_told_before_the_libraries_are(run, run_dir, api):
     assert err.splitlines()[0] == f"{run_dir}: loading the libraries, then there without its final adapter"
 
 
+@pytest.mark.parametrize("given", [["--top-k", "0"], ["--top-p", "1"]])
+def test_a_value_that_leaves_out_no_token_draws_nothing_and_this_is_told(run, run_dir, asked, given):
+    err = run("generate", run_dir, "--prompt", "Who?", *given)[2]
+    told = "leaves out no token, and the most likely one is taken each time; --temperature 1 draws\n"
+    assert f"{' '.join(given)} {told}" in err
+    assert "drawing with seed" not in err
+    assert asked[0][1]["seed"] is None
+
+
 def test_draws_without_a_seed_get_one_that_is_told(run, run_dir, asked):
     err = run("generate", run_dir, "--prompt", "Who?", "--temperature", "1")[2]
     seed = asked[0][1]["seed"]

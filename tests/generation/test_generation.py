@@ -207,7 +207,10 @@ def test_a_setting_out_of_its_range_is_named(setting, message):
         Sampling(**setting)
 
 
-@pytest.mark.parametrize("how", [{}, {"temperature": 0}, {"temperature": 0, "top_p": 0.5, "seed": 3}])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"temperature": 0}, {"temperature": 0, "top_p": 0.5, "seed": 3}, {"top_k": 0}, {"top_k": 0, "top_p": 1.0}],
+)
 def test_nothing_is_drawn_by_default_nor_at_temperature_0(model, tokenizer, prompts, how):
     assert Sampling(**how).is_greedy
     before = torch.get_rng_state()

@@ -58,10 +58,17 @@ Temperature = Annotated[
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(metavar="P", help="Draw from the likeliest tokens that add up to P; at temperature 1 by default."),
+    typer.Option(
+        metavar="P",
+        help="Draw from the likeliest tokens that add up to P, at temperature 1 by default; 1: all.",
+    ),
 ]
 TopK = Annotated[
-    int | None, typer.Option(metavar="K", help="Draw from the K likeliest tokens; at temperature 1 by default.")
+    int | None,
+    typer.Option(
+        metavar="K",
+        help="Draw from the K likeliest tokens, at temperature 1 by default; 0: all.",
+    ),
 ]
 Seed = Annotated[
     int | None, typer.Option(metavar="N", help="Where T, P or K is given: draw as another command with this seed did.")

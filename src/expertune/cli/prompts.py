@@ -49,7 +49,11 @@ def columns_of(given: Sequence[str] | None) -> dict[str, str]:
 def drawn(sampling: Sampling) -> int | None:
     """The seed; where something is drawn and none was given, a new one, which is told, as is what has no effect."""
     if sampling.is_greedy and (sampling.top_p is not None or sampling.top_k is not None):
-        log("--temperature 0 takes the most likely token each time; --top-p and --top-k change nothing then")
+        if sampling.temperature is None:
+            given = "--top-p 1" if sampling.top_k is None else "--top-k 0"
+            log(f"{given} leaves out no token, and the most likely one is taken each time; --temperature 1 draws")
+        else:
+            log("--temperature 0 takes the most likely token each time; --top-p and --top-k change nothing then")
     if sampling.is_greedy and sampling.seed is not None:
         log(f"--seed {sampling.seed} decides nothing: the most likely token is taken each time; --temperature 1 draws")
     if sampling.is_greedy or sampling.seed is not None:

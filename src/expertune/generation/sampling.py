@@ -17,8 +17,8 @@ class Sampling:
     Attributes:
         max_new_tokens: the longest answer. An answer also ends where the model's context does.
         temperature: 0 is greedy; any other value draws tokens by their probability at this temperature. None means 1
-            where `top_p` or `top_k` is given, otherwise 0.
-        top_p: draw from the most likely tokens whose probabilities add up to this.
+            where `top_p` or `top_k` leaves tokens out, otherwise 0.
+        top_p: draw from the most likely tokens whose probabilities add up to this; 1 means all.
         top_k: draw from this many most likely tokens; 0 means all.
         seed: of the draws; None means torch's own generator, as it is.
 
@@ -51,5 +51,5 @@ class Sampling:
     def is_greedy(self) -> bool:
         """Whether nothing is drawn."""
         if self.temperature is None:
-            return self.top_p is None and self.top_k is None
+            return self.top_p in (None, 1) and not self.top_k
         return self.temperature == 0
