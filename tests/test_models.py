@@ -124,6 +124,24 @@ def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
         expertune.attach(AutoModelForCausalLM.from_pretrained(folder))
 
 
+def test_what_is_no_adapter_is_told_with_the_folder_that_is_one(folder: Path, tmp_path: Path) -> None:
+    model = expertune.load_model(folder, "float32", "cpu")
+    adapter = tmp_path / "run" / "adapter"
+    with pytest.raises(ConfigError, match=rf"^folder: {adapter}: no such folder; give the folder of an adapter"):
+        expertune.load_adapter(model, adapter)
+    with pytest.raises(ConfigError, match=rf"^init_from: {adapter}: no such folder; give the folder of an adapter"):
+        expertune.attach(model, init_from=str(adapter))
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "adapter_config.json").touch()
+    with pytest.raises(ConfigError, match=rf": a run directory without an adapter yet; give {checkpoint}$"):
+        expertune.load_adapter(model, tmp_path / "run")
+    adapter.mkdir()
+    (adapter / "adapter_config.json").touch()
+    with pytest.raises(ConfigError, match=rf"^folder: {tmp_path / 'run'}: a run directory; its adapter is {adapter}$"):
+        expertune.load_adapter(model, tmp_path / "run")
+
+
 def test_second_adapter_needs_a_name_of_its_own_and_the_model_of_the_first(folder: Path) -> None:
     base = expertune.load_model(folder, "float32", "cpu")
     model = expertune.attach(base, r=2)

@@ -12,7 +12,7 @@ from expertune.adapt import attach as adapters
 from expertune.adapt.live import without_adapters
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint import load
-from expertune.checkpoint.adapter_folder import WEIGHTS_NAME
+from expertune.checkpoint.adapter_folder import require_adapter_folder
 from expertune.checkpoint.formats.nf4_folder import CALIBRATED, Nf4Folder, is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.hf_quantizer import as_loaded
 from expertune.checkpoint.hub import fetch_model
@@ -120,7 +120,8 @@ def attach(
         **lora: keys of a run file's `lora:` section, e.g. `r=16, targets=["attention", "experts"]`.
 
     Raises:
-        ConfigError: an unknown key, a wrong value, a target that the model does not have, or a name that is taken.
+        ConfigError: an unknown key, a wrong value, a target that the model does not have, a name that is taken, or an
+            `init_from` that is no folder or a run directory.
         CheckpointError: see `load_adapter`, of `init_from`.
     """
     loaded, onto = _loaded(model), model if isinstance(model, ExpertPeftModel) else None
@@ -136,9 +137,9 @@ def attach(
             f"lora.init: {section.init} is made by a run (expertune.finetune), which keeps what it began with; "
             "load_adapter puts the adapter of a run on a model"
         )
-    start = Path(section.init_from) if section.init_from else None
-    if start and (start / WEIGHTS_NAME).is_file():  # of another folder it is told below what is missing
-        whole_adapter(start, TO_LOAD)
+    if section.init_from:
+        require_adapter_folder(section.init_from, "init_from")
+        whole_adapter(Path(section.init_from), TO_LOAD)
     return adapters.attach(loaded, section, loaded.model.config._name_or_path, None, adapter_name, onto)
 
 
@@ -159,7 +160,9 @@ def load_adapter(
 
     Raises:
         CheckpointError: it is no adapter, is damaged, is not as its run wrote it, or was trained on another base model.
+        ConfigError: there is no such folder, or it is a run directory, which the error names the adapter in.
     """
+    require_adapter_folder(str(folder), "folder")
     return attach(model, adapter_name, init_from=str(folder), init_from_other_base=other_base).eval()
 
 

@@ -48,6 +48,36 @@ def test_a_folder_without_a_record_is_no_run_folder(run, tmp_path, command):
     assert err == f"expertune: error: {tmp_path}: no record.json here; is it a run directory?\n"
 
 
+@pytest.mark.parametrize("command", [["evaluate"], ["chat"], ["generate", "--prompt", "Who?"], ["report"], ["export"]])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("runs/none", "no such folder; give a run directory, which is the output_dir of a run file"),
+        ("runs/frist", "no such folder; did you mean runs/first?"),
+        ("runs/first/adapter", "an adapter of the run in {here}/runs/first; give that folder"),
+        (
+            "runs/first/checkpoint-2",
+            "an adapter of the run in {here}/runs/first; give that folder with --adapter checkpoint-2 "
+            "(adapter='checkpoint-2' in Python)",
+        ),
+        ("runs", "no record.json here; give one of the run directories in it: runs/first"),
+        ("model", "a model's folder; give a run directory, which is the output_dir of a run file"),
+        ("model/lora", "an adapter, which expertune.load_adapter puts on a model; give a run directory, which is the"),
+    ],
+)
+def test_a_folder_that_is_no_run_directory_is_told_with_the_one_that_is(
+    run, run_dir, tmp_path, command, given, message
+):
+    for name in ("runs/first/adapter", "runs/first/checkpoint-2", "model/lora"):
+        (tmp_path / name).mkdir(exist_ok=True, parents=True)
+        (tmp_path / name / "adapter_config.json").touch()
+    (tmp_path / "model" / "config.json").touch()
+    further = ["--to", "peft"] if command == ["export"] else []
+    code, out, err = run(*command, given, *further)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"expertune: error: {given}: {message.format(here=tmp_path)}")
+
+
 @pytest.mark.parametrize(
     ("holds", "message"),
     [

@@ -110,11 +110,12 @@ def _settings_of_others(path: Path) -> dict[str, Any]:
     return {key: value for key, value in found.items() if type(value) in (int, float)}
 
 
-def require_adapter_folder(name: str) -> None:
-    """Refuse a `lora.init_from` that is no folder of an adapter.
+def require_adapter_folder(name: str, key: str = "lora.init_from") -> None:
+    """Refuse what is no folder of an adapter.
 
     Args:
-        name: what the run file says.
+        name: what the run file or a program says.
+        key: where it says so.
 
     Raises:
         ConfigError: there is no such folder, or it is that of a run, in which the adapter has a folder of its own.
@@ -124,16 +125,20 @@ def require_adapter_folder(name: str) -> None:
     if not folder.is_dir():
         problem = "not a folder" if folder.exists() else "no such folder"
         raise ConfigError(
-            f"lora.init_from: {name}: {problem}; give the folder of an adapter, such as `adapter` or a checkpoint in "
-            "a run directory"
+            f"{key}: {name}: {problem}; give the folder of an adapter, such as `adapter` or a checkpoint in a run "
+            "directory"
         )
     missing = [each for each in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / each).is_file()]
     if not missing:
         return
     if (folder / "adapter" / CONFIG_NAME).is_file():
-        raise ConfigError(f"lora.init_from: {name}: a run directory; its adapter is {folder / 'adapter'}")
+        raise ConfigError(f"{key}: {name}: a run directory; its adapter is {folder / 'adapter'}")
+    if checkpoints := sorted(str(path.parent) for path in folder.glob(f"checkpoint-*/{CONFIG_NAME}")):
+        raise ConfigError(
+            f"{key}: {name}: a run directory without an adapter yet; give {' or '.join(checkpoints[-3:])}"
+        )
     pickled = " (pickled adapters are never loaded)" if missing == [WEIGHTS_NAME] else ""
     raise CheckpointError(
-        f"lora.init_from: {name}: no {missing[0]} here{pickled}; is it an adapter folder? Give another, or copy the "
-        "adapter again"
+        f"{key}: {name}: no {missing[0]} here{pickled}; is it an adapter folder? Give another, or copy the adapter "
+        "again"
     )

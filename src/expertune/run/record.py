@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from expertune.config.arguments import checked
-from expertune.errors import CheckpointError, ConfigError
+from expertune.errors import CheckpointError, ConfigError, nearest, option
 from expertune.run.record_sections import require_sections
 from expertune.storage import write_json
 
 RECORD_NAME = "record.json"
 FORMAT_VERSION = 1
+
+_NUM_NAMED = 5
 
 # Sections and phases that earlier releases wrote under another name.
 _RENAMED = {"proof": "preflight"}
@@ -78,7 +80,7 @@ class RunRecord:
                     "is. Restore it from a copy, or start a new run with another output_dir, from what this one "
                     f"learned by lora.init_from={Path(output_dir) / learned}"
                 ) from None
-            raise CheckpointError(f"{output_dir}: no {name} here; is it a run directory?") from None
+            raise CheckpointError(f"{output_dir}: {_without_record(Path(output_dir), name)}") from None
         except NotADirectoryError:
             raise CheckpointError(
                 f"{output_dir}: a file; give the run directory, which is the output_dir of the run file"
@@ -207,6 +209,26 @@ def _rename_recoveries(recoveries: list[dict[str, Any]]) -> None:
         change["during"] = _RENAMED.get(change["during"], change["during"])
         if "proof_tokens" in change.get("setting", {}):
             change["setting"]["preflight_tokens"] = change["setting"].pop("proof_tokens")
+
+
+def _without_record(folder: Path, name: str) -> str:
+    """What a folder is that was taken for a run directory, and what to give in its place."""
+    give = "give a run directory, which is the output_dir of a run file"
+    if not folder.is_dir():
+        beside = [path.parent.name for path in folder.parent.glob(f"*/{RECORD_NAME}")]
+        meant = nearest(folder.name, beside)
+        return f"no such folder; {f'did you mean {folder.with_name(meant)}?' if meant else give}"
+    if (folder / "adapter_config.json").is_file():
+        run_dir = folder.absolute().parent
+        if not (run_dir / RECORD_NAME).is_file():
+            return f"an adapter, which expertune.load_adapter puts on a model; {give}"
+        which = "" if folder.name == "adapter" else f" with {option('adapter', folder.name)}"
+        return f"an adapter of the run in {run_dir}; give that folder{which}"
+    if inside := sorted(str(path.parent) for path in folder.glob(f"*/{RECORD_NAME}")):
+        return f"no {name} here; give one of the run directories in it: {', '.join(inside[:_NUM_NAMED])}"
+    if (folder / "config.json").is_file():
+        return f"a model's folder; {give}"
+    return f"no {name} here; is it a run directory?"
 
 
 def left_by_a_run(folder: Path) -> str | None:
