@@ -8,6 +8,7 @@ import pytest
 
 from expertune import load_config
 from expertune.config import apply_overrides, check_training_arguments, parse_config, parse_size
+from expertune.config.origin import Origin
 from expertune.errors import ConfigError
 
 MINIMAL = "model: some/model\ndata: {train: rows.jsonl}\noutput_dir: runs/x\n"
@@ -149,6 +150,43 @@ def test_wrong_override_is_named(override: str, message: str, run_file: Path) ->
         load_config(run_file, [override])
 
 
+@pytest.mark.parametrize(
+    ("addition", "overrides", "named"),
+    [
+        ("", ["lora.r=x"], "override 'lora.r=x': lora.r: has to be a whole number"),
+        ("", ["lora={r: x}"], "override 'lora={r: x}': lora.r: has to be a whole number"),
+        ("", ["foo.bar=1"], "RUN with foo.bar=1: unknown key foo"),
+        ("lora: {r: x}\n", ["lora.alpha=8"], "RUN: lora.r: has to be a whole number"),
+        ("lora: {r: 8}\n", ["data.train=null"], "override 'data.train=null': data.train is missing"),
+        ("", ["task.metric=slot-f1", "lora.r=4"], "RUN with task.metric=slot-f1: task.metric needs data.eval"),
+        ("task: {metric: slot-f1}\n", ["lora.r=4"], "RUN: task.metric needs data.eval"),
+        ("", ["lora.r=y", "lora={r: x}"], "override 'lora={r: x}': lora.r: has to be a whole number"),
+    ],
+)
+def test_a_wrong_value_of_an_override_is_told_as_one_and_not_as_the_file_s(
+    addition: str, overrides: list[str], named: str, run_file: Path
+) -> None:
+    run_file.write_text(MINIMAL + addition, encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        load_config(run_file, overrides)
+    assert str(error.value).startswith(named.replace("RUN", str(run_file)))
+
+
+def test_a_wrong_value_of_an_override_under_training_is_told_as_one(run_file: Path) -> None:
+    run_file.write_text(MINIMAL + "training: {max_steps: 0}\n", encoding="utf-8")
+    for overrides, where in (([], str(run_file)), (["training.max_steps=-3"], "override 'training.max_steps=-3'")):
+        config = load_config(run_file, overrides)
+        with pytest.raises(ConfigError, match=rf"^{re.escape(where)}: training\.max_steps: has to be at least 1"):
+            check_training_arguments(config.training, config.origin)
+
+
+def test_a_secret_of_an_override_is_in_no_error(run_file: Path) -> None:
+    config = load_config(run_file, ["training.api_key=abc123"])
+    with pytest.raises(ConfigError, match=r"override 'training\.api_key=\.\.\.': training\.api_key is not") as error:
+        check_training_arguments(config.training, config.origin)
+    assert "abc123" not in str(error.value)
+
+
 def test_yaml_cannot_build_python_objects(run_file: Path) -> None:
     run_file.write_text(MINIMAL + "revision: !!python/object/apply:os.getcwd []\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="not valid YAML"):
@@ -171,8 +209,8 @@ def test_training_key_that_the_run_owns_points_to_the_right_one() -> None:
 )
 def test_training_key_that_asks_for_what_a_run_does_not_do_is_refused(key: str, value: bool, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"run\.yaml: training\.{key} {message}"):
-        check_training_arguments({key: value}, "run.yaml")
-    check_training_arguments({key: not value}, "run.yaml")
+        check_training_arguments({key: value}, Origin("run.yaml"))
+    check_training_arguments({key: not value}, Origin("run.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +242,7 @@ def test_training_key_that_asks_for_what_a_run_does_not_do_is_refused(key: str, 
 )
 def test_training_value_of_a_wrong_type_or_out_of_range_is_named(key: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"run\.yaml: training\.{key}: {message}"):
-        check_training_arguments({key: value}, "run.yaml")
+        check_training_arguments({key: value}, Origin("run.yaml"))
 
 
 def test_training_values_that_transformers_takes_are_taken() -> None:

@@ -132,7 +132,7 @@ def finetune(
 
 def _finetune(context: RunContext) -> Run:
     """The corridor, in a run directory that nobody else writes to."""
-    check_training_arguments(context.config.training, context.config.where, context.config.objective)
+    check_training_arguments(context.config.training, context.config.origin, context.config.objective)
     rewards = read_rewards(context)
     require_same_start(context)
     started = started_with(context)

@@ -131,8 +131,12 @@ def test_a_quantized_checkpoint_is_refused(run_of):
 
 def test_plan_names_the_run_file_of_a_wrong_training_key(run_of, tmp_path):
     run_file = tmp_path / "run.yaml"
-    run_file.write_text(json.dumps(run_of("deepseek-r1").model_dump(mode="json", exclude_unset=True)))
+    values = run_of("deepseek-r1").model_dump(mode="json", exclude_unset=True)
+    run_file.write_text(json.dumps(values | {"training": {"optim": "adamm"}}))
     with pytest.raises(ConfigError, match=r"run\.yaml: training\.optim: .*; did you mean adamw_torch\?"):
+        make_plan(load_config(run_file))
+    run_file.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"^override 'training\.optim=adamm': training\.optim: "):
         make_plan(load_config(run_file, ["training.optim=adamm"]))
     assert load_config(run_file) == run_of("deepseek-r1")
 

@@ -8,6 +8,7 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
+from expertune.config.origin import Origin
 from expertune.config.training_fields import training_fields
 from expertune.config.yaml_file import shortened
 from expertune.errors import did_you_mean, nearest
@@ -110,31 +111,32 @@ def wanted(problem: Any) -> str:
     return meant or str(problem["msg"]).removeprefix("Input should be ")
 
 
-def describe(error: ValidationError, where: str, kind: type[Any]) -> str:
+def describe(error: ValidationError, origin: Origin, kind: type[Any]) -> str:
     """A line for each problem.
 
     Args:
         error: of a section or of the whole run file.
-        where: what each line starts with.
+        origin: what each line starts with.
         kind: the class that was validated.
     """
     lines = []
     problems = error.errors()
     for problem in problems[:_MAX_PROBLEMS]:
         location = (*problem["loc"], *([problem["ctx"]["key"]] if problem["type"] == "wrong_key" else []))
-        key, value = shortened(".".join(map(str, location))) or "the run file", problem["input"]
-        if problem["type"] == "extra_forbidden":
+        dotted, value = ".".join(map(str, location)), problem["input"]
+        message, is_unknown = shortened(what_is_wrong(problem), 500), problem["type"] == "extra_forbidden"
+        key, where = shortened(dotted) or "the run file", origin.of(dotted, "" if is_unknown else message)
+        if is_unknown:
             known = _known_keys(kind, problem["loc"][:-1])
             lines.append(f"{where}: unknown key {key}{nearest_key(str(problem['loc'][-1]), known, kind)}")
         elif problem["type"] == "missing":
             lines.append(f"{where}: {key} is missing; add it")
         else:
-            message = shortened(what_is_wrong(problem), 500)
             told = isinstance(value, dict) or message.startswith((as_written(value), f"{value} "))
             found = "" if told else f", got {shortened(as_written(value))}"
             lines.append(f"{where}: {key}: {message}{found}{_hint(problem)}" if location else f"{where}: {message}")
     if len(problems) > _MAX_PROBLEMS:
-        lines.append(f"{where}: and {len(problems) - _MAX_PROBLEMS} more")
+        lines.append(f"{origin.name}: and {len(problems) - _MAX_PROBLEMS} more")
     return "\n".join(lines)
 
 

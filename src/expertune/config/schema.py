@@ -3,7 +3,6 @@
 Nothing here imports torch or transformers, so that `--help` and a typing mistake answer at once.
 """
 
-import dataclasses
 from typing import Any, Literal
 
 from pydantic import PrivateAttr, ValidationError, ValidationInfo, model_validator
@@ -13,6 +12,7 @@ from expertune.config.data import DataConfig
 from expertune.config.lora import LoraSection
 from expertune.config.messages import describe
 from expertune.config.objective import ObjectiveName, Rewards, RouterSection, TaskConfig
+from expertune.config.origin import Origin
 from expertune.config.sections import PathText, Section, Size
 from expertune.config.weights import DistributedConfig, KernelsConfig, QuantizationConfig
 from expertune.errors import ConfigError, option
@@ -22,14 +22,6 @@ _OWN_GROUPS = ("galore", "apollo", "lomo")
 
 # Given by whoever starts a command, never by a file.
 TRUST_KEY = "trust_remote_code"
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """Where a config was read from, with notes on it; configs of the same keys are equal wherever that was."""
-
-    name: str = dataclasses.field(default="config", compare=False)
-    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
 
 class RunConfig(Section):
@@ -77,9 +69,9 @@ class RunConfig(Section):
         return self.quantization.fit == "calibrated" or self.lora.init == "qera"
 
     @property
-    def where(self) -> str:
-        """What errors name: the file that the keys were read from, or `config`."""
-        return self._origin.name
+    def origin(self) -> Origin:
+        """Where the keys were read from, which errors name."""
+        return self._origin
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -171,8 +163,8 @@ class RunConfig(Section):
         cls, values: Any, handler: ModelWrapValidatorHandler["RunConfig"], info: ValidationInfo
     ) -> "RunConfig":
         """Also where a program makes a RunConfig itself."""
-        where = (info.context or {}).get("where", "RunConfig")
+        origin = (info.context or {}).get("origin", Origin("RunConfig"))
         try:
             return handler(values)
         except ValidationError as error:
-            raise ConfigError(describe(error, where, cls)) from None
+            raise ConfigError(describe(error, origin, cls)) from None

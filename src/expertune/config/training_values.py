@@ -14,6 +14,7 @@ from pydantic import ConfigDict, PydanticUndefinedAnnotation, TypeAdapter, Valid
 from pydantic.errors import PydanticSchemaGenerationError
 
 from expertune.config.messages import as_written, wanted
+from expertune.config.origin import Origin
 from expertune.config.secrets import is_secret
 from expertune.config.training_fields import ArgumentFields
 from expertune.config.training_keys import MUON
@@ -65,12 +66,12 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
 _PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekitplugins-deck-standard"}
 
 
-def check_training_values(training: Mapping[str, Any], where: str, arguments: ArgumentFields) -> None:
+def check_training_values(training: Mapping[str, Any], origin: Origin, arguments: ArgumentFields) -> None:
     """Refuse values of a wrong type, out of range or of an unknown name, and trackers that are not installed.
 
     Args:
         training: the section; its keys are names of the arguments.
-        where: what is named in errors.
+        origin: what is named in errors.
         arguments: fields of TrainingArguments, or of TRL's class of the objective.
 
     Raises:
@@ -85,8 +86,9 @@ def check_training_values(training: Mapping[str, Any], where: str, arguments: Ar
         if problem:
             found = "" if is_secret(key, str(value)) else f", got {shortened(as_written(value))}"
             problem, semicolon, hint = problem.partition(";")
+            where = origin.of(f"training.{key}")
             raise ConfigError(f"{where}: training.{key}: {problem}{found}{semicolon}{hint}")
-    _require_trackers(training.get("report_to"), where)
+    _require_trackers(training.get("report_to"), origin.of("training.report_to"))
 
 
 def _problem_of_type(key: str, hint: Any, value: Any) -> str | None:

@@ -51,7 +51,7 @@ def plan_for(
         UnsupportedModelError: no experts that can be packed, or a checkpoint that is quantized in a way that cannot be
             read.
     """
-    check_training_arguments(config.training, config.where, config.objective)
+    check_training_arguments(config.training, config.origin, config.objective)
     if config.training.get("optim") == MUON:
         MuonSettings.parse(config.training.get("optim_args"))  # refuses what is wrong in it
     if machine.world_size > 1 and config.objective == "grpo":

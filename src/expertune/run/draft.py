@@ -98,24 +98,24 @@ def draft_run_file(
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     context = context_length(read_config(source.folder, trust_remote_code))
     asked: dict[str, Any] = {}
-    apply_overrides(asked, overrides)
+    set_by = apply_overrides(asked, overrides)
     if any(each.partition("=")[0].strip() == "data.eval" for each in overrides):
         asked.setdefault("data", {}).setdefault("eval", None)  # null, which removes a key of a file, is an answer here
     whole = {"model": model, "data": {"train": data, "max_length": context or 2**17}, "output_dir": _run_dir(data)}
     values = _above(asked, whole)
-    examples = prepare_examples(_data_of(values), "train", tokenizer)
+    examples = prepare_examples(_data_of(values, set_by), "train", tokenizer)
     reasons = dict(_REASONS)
     has_turns = examples.report["format"] != "text"
     if "template" not in asked.get("data", {}) and has_turns and tokenizer.chat_template:
         values["data"]["template"] = "chat"
         reasons["data.template"] = "The model's own chat template, in which it was tuned."
-        examples = prepare_examples(_data_of(values), "train", tokenizer)
+        examples = prepare_examples(_data_of(values, set_by), "train", tokenizer)
     else:
         values["data"].setdefault("template", examples.report["template"])
         reasons["data.template"] = f"Chosen for the layout {examples.report['format']}."
     held_out = _held_out(data, examples, asked.get("data", {}))
     values = _above(asked, _choices(values, held_out, examples, reasons, context))
-    config = parse_config(values, "init")
+    config = parse_config(values, "init", overrides=set_by)
     evaluated, leak = None, ""
     if config.data.eval and not held_out:
         # As long as the training examples are here, whose repeats are looked for.
@@ -134,7 +134,7 @@ def draft_run_file(
         for change in plan.what_to_change:
             apply_overrides(values, change.lines)
             reasons |= dict.fromkeys(change.settings, f"So that the run fits on this machine: {change.costs}.")
-        config = parse_config(values, "init")
+        config = parse_config(values, "init", overrides=set_by)
         plan = plan_for(config, Machine.of(config), None, trust_remote_code, read).timed(lengths)
     reasons["placement"] = _placement(plan)
     for key in _dotted(asked):
@@ -202,10 +202,10 @@ def _choices(
     }
 
 
-def _data_of(values: Mapping[str, Any]) -> DataConfig:
+def _data_of(values: Mapping[str, Any], set_by: Mapping[str, str]) -> DataConfig:
     """The data section of a run file in which nothing is held out yet: what needs evaluation examples is no error."""
     data = {"eval": values["data"]["train"]} | values["data"]
-    return parse_config({**values, "data": data}, "init").data
+    return parse_config({**values, "data": data}, "init", overrides=set_by).data
 
 
 def _max_length(examples: TokenizedExamples, context: int | None) -> tuple[int, str]:

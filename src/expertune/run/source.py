@@ -50,17 +50,19 @@ def load_config(
     if isinstance(config, RunConfig):
         if not overrides:
             return config
-        values, where = config.model_dump(exclude_unset=True), config.where
+        values, where = config.model_dump(exclude_unset=True), config.origin.name
     elif isinstance(config, Mapping):
         values, where = copy.deepcopy(dict(config)), "config"
     elif record := _record_at(Path(config)):
         values, where = _values_again(record, overrides, resume), str(record.path)
     else:
         values, where = read_mapping(Path(config)), str(config)
-    apply_overrides(values, overrides)
+    set_by = apply_overrides(values, overrides)
+    if isinstance(config, RunConfig):
+        set_by = {**config.origin.overrides, **set_by}
     if record is None:
-        return parse_config(values, where)
-    read, folder = recorded_config(values, where), record.path.parent
+        return parse_config(values, where, overrides=set_by)
+    read, folder = recorded_config(values, where, overrides=set_by), record.path.parent
     if starts and not resume and Path(read.output_dir).resolve() == folder.resolve():
         raise ConfigError(
             f"{config}: the run of this record lies in {folder}; continue it with {option('resume')}, or start it "
