@@ -171,7 +171,8 @@ def test_a_compiler_that_does_not_know_avx512_and_amx_builds_the_rest(
 
     monkeypatch.setattr(build, "_run", without_avx512)
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O0"))  # compiled faster
-    build._compile(["cc"], tmp_path / "library.so")
+    sources = {name: (build.FOLDER / name).read_bytes() for name in (*build.HEADERS, *build.SOURCES)}
+    build._compile(["cc"], tmp_path / "library.so", sources)
     library = ctypes.CDLL(str(tmp_path / "library.so"))
     assert library.expertune_bfloat16() == 0
     monkeypatch.setattr(native, "library", lambda: library)

@@ -121,15 +121,25 @@ def test_what_killed_processes_left_goes_and_so_do_the_oldest_of_many(
     other = folder / "native-0.so"
     other.touch()
     left, written = folder / ".rates-0.json.12ab.tmp", folder / ".rates-1.json.34cd.tmp"
-    for age, path in enumerate((written, left)):
-        path.touch()
-        os.utime(path, (0, path.stat().st_mtime - 7200 * age))
+    half_built = folder / ".native-1.so.56ef.tmp"
+    half_built.mkdir()
+    (half_built / "gemv4.o").touch()
+    written.touch()
+    left.touch()
+    for path in (left, half_built):
+        os.utime(path, (0, path.stat().st_mtime - 7200))
     for age in range(5):
         path = cache.path_of("rates", [age])
         cache.keep(path, "{}")
         os.utime(path, (0, age))
     kept = {cache.path_of("rates", [age]) for age in (2, 3, 4)}
     assert set(folder.iterdir()) == {other, written, *kept}
+    for age in range(1, 4):
+        path = folder / f"native-{age}.so"
+        path.touch()
+        os.utime(path, (0, other.stat().st_mtime + age))
+        cache.tidy(path)
+    assert {path.name for path in folder.glob("native-*")} == {"native-1.so", "native-2.so", "native-3.so"}
 
 
 def test_what_was_made_is_kept_and_made_again_where_its_file_is_not_what_was_written(home: Path) -> None:

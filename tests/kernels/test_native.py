@@ -1,6 +1,8 @@
 """The C library is built once, where it can be; where it cannot, the reason is said and everything still runs."""
 
+import ctypes
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,20 @@ def test_library_is_built_once_and_found_again(tmp_path: Path) -> None:
     assert {path.suffix for path in (tmp_path / "expertune").iterdir()} <= {".so", ".json"}
 
 
+def test_what_is_compiled_is_what_the_librarys_name_is_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not native.available():
+        pytest.skip(native.status().reason)
+    monkeypatch.setattr(build, "SOURCES", ("one.c",))
+    source = tmp_path / "one.c"
+    text = '#include "one.h"\n__attribute__((visibility("default"))) int which(void) { return ONE; }\n'
+    sources = {"one.h": b"#define ONE 1\n", "one.c": text.encode()}
+    source.write_text(text.replace("ONE", "2"))  # as if it were edited while its library is built
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    build._compile(["cc"], tmp_path / "native-1.so", sources)
+    assert ctypes.CDLL(str(tmp_path / "native-1.so")).which() == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"one.c", "native-1.so"}
+
+
 def test_library_that_others_may_have_written_is_built_anew_and_not_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -73,14 +89,14 @@ def test_library_that_others_may_have_written_is_built_anew_and_not_loaded(
     planted.write_bytes(b"another's")
     planted.chmod(0o777)
 
-    def compile_(compiler: list[str], path: Path) -> None:
+    def compile_(compiler: list[str], path: Path, sources: Mapping[str, bytes]) -> None:
         path.unlink()
         shutil.copy(good, path)  # compiling takes seconds, and gives these bytes
 
     monkeypatch.setattr(build, "_compile", compile_)
     loaded = build.status.__wrapped__()
     assert (loaded.reason, loaded.library is None) == (str(planted), False)
-    monkeypatch.setattr(build, "_compile", lambda compiler, path: path.chmod(0o777))
+    monkeypatch.setattr(build, "_compile", lambda compiler, path, sources: path.chmod(0o777))
     planted.chmod(0o777)
     refused = build.status.__wrapped__()
     assert refused.library is None

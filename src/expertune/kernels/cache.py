@@ -28,7 +28,7 @@ T = TypeVar("T")
 # Files of each kind that stay in a folder: every other CPU, set of variables, model or dataset leaves one more.
 _MOST_KEPT = 64
 
-# What is kept here is written in less than a second: a file that is still unfinished was left by a killed process.
+# What is kept here is made within minutes: what is still unfinished was left by a killed process.
 _UNFINISHED_SECONDS = 3600
 
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -102,19 +102,30 @@ def remember(
 
 
 def keep(path: Path, text: str) -> None:
-    """Write a file of the folder; the oldest of its kind go, and what killed processes have left unfinished.
+    """Write a file of the folder, and tidy up.
 
     Raises:
         OSError: it cannot be written.
     """
-    folder, kind = path.parent, path.name.partition("-")[0]
-    folder.mkdir(mode=0o700, exist_ok=True)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
     write_text(path, text)
+    tidy(path)
+
+
+def tidy(path: Path) -> None:
+    """Remove the oldest of a new file's kind, and what killed processes have left unfinished beside it.
+
+    A process that has loaded one of them, or has it open, goes on with it.
+    """
+    folder, kind = path.parent, path.name.partition("-")[0]
     with suppress(OSError):  # another process may be at it
         held = sorted(folder.glob(f"{kind}-*{path.suffix}"), key=_written)
         unfinished = (each for each in folder.glob(f".*{BESIDE}") if time.time() - _written(each) > _UNFINISHED_SECONDS)
         for each in (*held[:-_MOST_KEPT], *unfinished):
-            each.unlink(missing_ok=True)
+            if each.is_dir():
+                shutil.rmtree(each, ignore_errors=True)
+            else:
+                each.unlink(missing_ok=True)
 
 
 def _written(path: Path) -> float:

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -305,27 +306,66 @@ def test_checks_run_in_a_process_of_their_own(monkeypatch: pytest.MonkeyPatch) -
     assert findings.passed == ["shuffle", "fused", "dequant_gemm"]
 
 
-def test_findings_are_kept_unless_a_part_did_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[torch.dtype] = []
-    findings = selfcheck.Findings({"fused": float("inf")}, {"fused": "OutOfMemoryError"}, ["shuffle"])
+class Checks:
+    """Stands for the checks of a device; a call is a process that asks for their findings."""
 
-    def check(command: list[str]) -> selfcheck.Findings:
-        asked.append(getattr(torch, command[-1]))
-        return findings
+    def __init__(self) -> None:
+        self.findings, self.num_made = selfcheck.Findings(), 0
 
+    def make(self, command: list[str]) -> selfcheck.Findings:
+        self.num_made += 1
+        return self.findings
+
+    def __call__(self) -> int:
+        """How often the checks were made until the answer was there."""
+        selfcheck.checked.cache_clear()
+        assert selfcheck.checked(CPU, torch.float16) == self.findings
+        selfcheck.checked.cache_clear()
+        return self.num_made
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Checks:
+    made = Checks()
     monkeypatch.setattr(selfcheck, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(selfcheck, "_identity", lambda device, dtype: "this")
-    monkeypatch.setattr(selfcheck, "check_apart", check)
-    for expected in (1, 2):
-        selfcheck.checked.cache_clear()
-        assert selfcheck.checked(CPU, torch.float16) == findings
-        assert len(asked) == expected
-    findings = selfcheck.Findings({"fused": 0.5}, {}, ["shuffle"])
-    for _ in range(2):
-        selfcheck.checked.cache_clear()
-        assert selfcheck.checked(CPU, torch.float16) == findings
-    selfcheck.checked.cache_clear()
-    assert len(asked) == 3
+    monkeypatch.setattr(selfcheck, "check_apart", made.make)
+    return made
+
+
+def test_findings_are_kept_of_parts_that_failed_too(checks: Checks) -> None:
+    checks.findings = selfcheck.Findings({"fused": 0.5}, {}, ["shuffle"])
+    assert [checks(), checks()] == [1, 1]
+
+
+def test_a_check_that_raised_is_made_again_where_the_machine_was_changed_or_a_day_has_passed(
+    checks: Checks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    checks.findings = selfcheck.Findings({"fused": math.inf}, {"fused": "CompilationError: no compiler"}, ["shuffle"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [checks(), checks()] == [1, 1]
+    compiler = tmp_path / "gcc"
+    compiler.write_text("#!/bin/sh")
+    compiler.chmod(0o700)
+    assert [checks(), checks()] == [2, 2]
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/usr/bin/ptxas")
+    assert [checks(), checks()] == [3, 3]
+    now = time.time()
+    monkeypatch.setattr(selfcheck.time, "time", lambda: now + 25 * 3600)
+    assert checks() == 4
+    checks.findings = selfcheck.Findings({"fused": 0.0}, {}, ["shuffle", "fused"])
+    monkeypatch.delenv("TRITON_PTXAS_PATH")
+    assert [checks(), checks()] == [5, 5]
+
+
+def test_a_check_that_met_a_full_device_or_ended_its_process_is_made_again(
+    checks: Checks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks.findings = selfcheck.Findings({"fused": math.inf}, {"fused": "ended by signal 9"}, [], ["fused"])
+    assert [checks(), checks()] == [1, 2]
+    checks.findings = selfcheck.Findings({"fused": math.inf}, {"fused": "OutOfMemoryError"}, ["shuffle"])
+    monkeypatch.setattr(selfcheck, "_has_room", lambda device: False)
+    assert [checks(), checks()] == [3, 4]
 
 
 def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:

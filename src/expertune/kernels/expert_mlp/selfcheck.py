@@ -3,7 +3,9 @@
 Triton has miscompiled kernels before, on one device and release and not on another. So before a route is used on a
 device, a small layer with odd shapes, a skewed routing, an expert without tokens, adapters and dropout goes through it,
 forward and backward, and is checked against the definition. The answer is kept in the user's cache, by device, driver's
-torch, Triton and the kernels' own source; a route that fails is not used, and the run's record says so.
+torch, Triton and the kernels' own source; a route that fails is not used, and the run's record says so. A check that
+raised is kept too, because it may take a minute: for a day at most, and while what kernels are built by stays as it is.
+One that met a full device or ended its process is not.
 
 The checks run in a process of their own: after an illegal access a process can use its device no more, and a run whose
 route has failed goes on with the next one.
@@ -17,6 +19,7 @@ import math
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -26,11 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertune.kernels.cache import cache_folder, read_kept
+from expertune.kernels.cache import cache_folder, keep, read_kept
 from expertune.kernels.dropout import dropout
 from expertune.kernels.expert_mlp.grouped import GroupedRoute
 from expertune.kernels.expert_mlp.plan import Activation, Chunk, FrozenLayer, Gradients, differentiable
 from expertune.kernels.gpu import launch, nf4, torch_gemm
+from expertune.kernels.gpu.surroundings import surroundings
 from expertune.kernels.lora import LoraUpdate
 from expertune.kernels.nf4 import Nf4Stack
 from expertune.storage import write_text
@@ -47,6 +51,12 @@ PARTS = ("shuffle", "fused", "dequant_gemm")
 # What the process of a check may take: compiling its kernels is most of it, a minute on a slow host.
 _SECONDS = 900.0
 
+# For so long a check that raised is not repeated: what has mended it may be nothing that is looked at.
+_FAILED_SECONDS = 86_400
+
+# Less that is free on a device may be why a check raised.
+_ROOM_BYTES = 2**30
+
 
 @dataclass
 class Findings:
@@ -57,11 +67,13 @@ class Findings:
             it did not run.
         messages: why a part did not run.
         passed: parts within their limit.
+        ended: parts whose process ended before they were done.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
     messages: dict[str, str] = field(default_factory=dict)
     passed: list[str] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
 
     def note(self, part: str, limit: float, run: Callable[[], float]) -> None:
         """Run a check; whatever it raises is a failure of the part, and the message is kept."""
@@ -77,18 +89,34 @@ class Findings:
 @cache
 def checked(device: torch.device, dtype: torch.dtype) -> Findings:
     """The findings for a device and a dtype of the GEMMs: from the cache, or by running the checks."""
-    path = cache_folder() / f"gpu-check-{_identity(device, dtype)}.json"
-    try:
-        findings = Findings(**read_kept(path))
-    except (OSError, ValueError, TypeError):
-        found = check_apart([sys.executable, "-P", "-m", __name__, str(device), str(dtype).removeprefix("torch.")])
-        # Where one process alone may use the device, it is this one.
-        findings = check(device, dtype) if found is None else found
-        # What did not run may have met a full device: it is tried again next time.
-        if not findings.messages:
-            with contextlib.suppress(OSError):  # checked again next time
-                write_text(path, json.dumps(asdict(findings)))
+    known = _identity(device, dtype)
+    ran = cache_folder() / f"gpu-check-{known}.json"
+    failed = cache_folder() / f"gpu-failed-{_digest([known, *surroundings()])}.json"
+    for path in (ran, failed):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            kept = read_kept(path)
+            if path == ran or 0 <= time.time() - kept["checked_at"] < _FAILED_SECONDS:
+                return Findings(**kept["findings"])
+    had_room = _has_room(device)
+    found = check_apart([sys.executable, "-P", "-m", __name__, str(device), str(dtype).removeprefix("torch.")])
+    # Where one process alone may use the device, it is this one.
+    findings = check(device, dtype) if found is None else found
+    # What did not run for want of memory is tried again next time, and so is what took its process with it.
+    if not findings.messages or (had_room and _has_room(device) and not findings.ended):
+        with contextlib.suppress(OSError):  # checked again next time
+            kept = {"findings": asdict(findings), "checked_at": time.time()}
+            keep(failed if findings.messages else ran, json.dumps(kept))
     return findings
+
+
+def _has_room(device: torch.device) -> bool:
+    """Whether a device has memory for a check; not where it cannot even say so."""
+    if device.type != "cuda":
+        return True
+    try:
+        return torch.cuda.mem_get_info(device)[0] >= _ROOM_BYTES
+    except RuntimeError:
+        return False
 
 
 @torch.inference_mode(False)
@@ -147,12 +175,14 @@ def check_apart(command: Sequence[str], seconds: float = _SECONDS) -> Findings |
             known, findings = len(findings.errors), Findings(**state["findings"])
             if part := state.get("part"):
                 findings.errors[part], findings.messages[part] = math.inf, ended
+                findings.ended.append(part)
             elif len(findings.errors) == known and not state.get("done"):
                 if not known:
                     return None
                 for part in PARTS:
                     if part not in findings.errors:
                         findings.errors[part], findings.messages[part] = math.inf, f"not run: {ended}"
+                        findings.ended.append(part)
                 break
         return findings
 
@@ -302,6 +332,10 @@ def _identity(device: torch.device, dtype: torch.dtype) -> str:
         str(dtype),
         source.hexdigest(),
     ]
+    return _digest(parts)
+
+
+def _digest(parts: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -16,15 +16,17 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from expertune.kernels.cache import cache_folder, why_not_private
+from expertune.kernels.cache import cache_folder, tidy, why_not_private
 from expertune.kernels.cpu import cpu_instruction_sets
 from expertune.kernels.processor import SWITCH
+from expertune.storage import BESIDE
 
 FOLDER = Path(__file__).parent
 # Need a compiler that knows AVX512-VNNI, AVX512-BF16 and AMX; the library is of use without them.
@@ -71,9 +73,11 @@ def status() -> Status:
     if not compiler:
         return Status(None, "no C compiler found (cc, gcc, clang, or the variable CC); install one, such as gcc")
     try:
-        path = _library_path(compiler)
+        sources = {name: FOLDER.joinpath(name).read_bytes() for name in (*HEADERS, *SOURCES)}
+        path = _library_path(compiler, sources)
         if not path.exists() or why_not_private(path):
-            _compile(compiler, path)
+            _compile(compiler, path, sources)
+            tidy(path)
         if reason := why_not_private(path):
             return Status(None, reason)
         library = ctypes.CDLL(str(path))
@@ -88,27 +92,29 @@ def library() -> ctypes.CDLL | None:
     return status().library
 
 
-def _library_path(compiler: list[str]) -> Path:
+def _library_path(compiler: list[str], sources: Mapping[str, bytes]) -> Path:
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     digest = hashlib.sha256()
-    for part in (
-        torch.__version__,
-        version,
-        *FLAGS,
-        *(FOLDER.joinpath(name).read_text() for name in (*HEADERS, *SOURCES)),
-    ):
+    for part in (torch.__version__, version, *FLAGS):
         digest.update(part.encode() + b"\0")
+    for source in sources.values():
+        digest.update(source + b"\0")
     return cache_folder() / f"native-{digest.hexdigest()[:16]}.so"
 
 
-def _compile(compiler: list[str], path: Path) -> None:
-    """Build beside, then rename, so that processes that start together never load half a library."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as beside:
+def _compile(compiler: list[str], path: Path, sources: Mapping[str, bytes]) -> None:
+    """Build beside, then rename, so that processes that start together never load half a library.
+
+    What is compiled is what was read: a source that is edited meanwhile would be kept under the earlier one's hash.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=BESIDE) as beside:
         built = Path(beside) / path.name
         objects = []
+        for name, source in sources.items():
+            (Path(beside) / name).write_bytes(source)
         for name in SOURCES:
             objects.append(str(Path(beside) / f"{name}.o"))
-            command = [*compiler, *FLAGS, "-c", str(FOLDER / name), "-o", objects[-1]]
+            command = [*compiler, *FLAGS, "-c", str(Path(beside) / name), "-o", objects[-1]]
             try:
                 _run(command)
             except subprocess.CalledProcessError:
