@@ -131,7 +131,7 @@ def test_tokenizer_that_needs_its_code_names_the_option(small_mixtral: Path, tmp
     [
         ("OwnTokenizer", "mixtral", False),  # which transformers would read by the class of the model's type
         (None, "mixtral", False),
-        ("LlamaTokenizer", "mixtral", True),
+        ("PreTrainedTokenizerFast", "mixtral", True),
         ("OwnTokenizer", "phimoe", True),  # of which transformers says that it does without
     ],
 )

@@ -219,6 +219,20 @@ def test_a_reader_that_goes_away_causes_no_noise():
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+@pytest.mark.parametrize("options", [["--include-path", "here"], ["--task-code"], ["--download"]])
+def test_an_option_of_tasks_without_tasks_is_told_before_anything_is_loaded(run, run_dir, options):
+    message = f"{options[0]}: of use with --tasks TASK only; give one"
+    assert run("evaluate", run_dir, *options) == (2, "", f"expertune: error: {message}\n")
+
+
+@pytest.mark.parametrize("tasks", ["", " , "])
+def test_tasks_that_name_none_are_not_taken_for_no_tasks(run, run_dir, tasks):
+    pytest.importorskip("lm_eval")
+    code, out, err = run("evaluate", run_dir, "--tasks", tasks)
+    assert (code, out) == (2, "")
+    assert err.endswith("tasks: no task is named; give one, such as viggo\n")
+
+
 def test_tasks_without_the_harness_are_one_error_with_what_installs_it(run, run_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)  # as if it could not be imported
     code, out, err = run("evaluate", run_dir, "--tasks", "viggo")

@@ -64,9 +64,12 @@ def evaluate(
     """
     require_one_process()
     record = require_adapter(run_dir, adapter)
-    of_tasks: dict[str, Any] = {"tasks": tasks} if tasks else {}
-    of_tasks |= {"include_path": include_path} if include_path else {}
-    of_tasks |= {name: True for name, given in (("task_code", task_code), ("download", download)) if given}
+    given = {"include_path": include_path, "task_code": task_code, "download": download}
+    of_tasks: dict[str, Any] = {name: value for name, value in given.items() if value not in (None, False)}
+    if tasks is not None:
+        of_tasks["tasks"] = tasks
+    elif of_tasks:
+        raise ConfigError(f"--{next(iter(of_tasks)).replace('_', '-')}: of use with --tasks TASK only; give one")
     log(_loading(record, run_dir, adapter, model, base_only))
     with stdout_for_results():
         with importing():
@@ -83,7 +86,7 @@ def evaluate(
         )
     if as_json:
         print_json(scores)
-    elif tasks:
+    elif tasks is not None:
         print_tasks(scores["tasks"])
     else:
         print_scores(scores)

@@ -45,6 +45,8 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         where = f"override {shown!r}"
         if not equals or not all(part.strip() for part in key.split(".")):
             raise ConfigError(f"{where}: write it as section.key=value")
+        if not text.strip():  # which YAML reads as null: a variable of the shell that is not set, for example
+            raise ConfigError(f"{where}: no value behind the =; write one, or null for the key's default")
         value = parse_value(text, where)
         *parents, leaf = key.strip().split(".")
         here = values

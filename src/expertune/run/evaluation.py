@@ -75,7 +75,8 @@ def evaluate(
     of_tasks = {name: options.pop(name) for name in _TASK_OPTIONS if name in options}  # type: ignore[misc]
     if tasks is not None:
         names = tasks.split(",") if isinstance(tasks, str) else tasks
-        files = TaskFiles([name.strip() for name in names], **of_tasks)  # before a model is loaded
+        named = [name.strip() for name in names if name.strip()]
+        files = TaskFiles(named, **of_tasks)  # before a model is loaded
         return _evaluate_tasks(opened_run(run, options), files, rows, base_only)
     if of_tasks:
         raise ConfigError(f"{', '.join(of_tasks)}: of use with {option('tasks', 'NAME')} only")
