@@ -65,7 +65,7 @@ from expertune.run.directory import (
 from expertune.run.inference import OpenOptions, Run, after_training
 from expertune.run.inputs import Inputs, note_stock_refusal, probe_batch, read_inputs
 from expertune.run.lock import hold_run_directory
-from expertune.run.progress import Bars
+from expertune.run.progress import Bars, folds
 from expertune.run.selection import with_selected_experts
 from expertune.run.source import load_config
 from expertune.run.training import Learning, make_objective, make_recovery, read_rewards, train
@@ -224,7 +224,8 @@ def _finetune(context: RunContext) -> Run:
         context.notify(f"report: {output_dir / PAGE_NAME}")
     else:
         summary = render_summary(record.values, config.output_dir)
-        context.console.print(summary, soft_wrap=True, markup=False, highlight=False)
+        whole = not folds(context.console)
+        context.console.print(summary, soft_wrap=whole, crop=False, markup=False, highlight=False)
     warn_of_correction(context)
     context.ranks.wait()  # until the run directory is whole
     options = OpenOptions(trust_remote_code=context.trust_remote_code)

@@ -14,8 +14,8 @@ from typing import Any
 
 _CONTROLS = {code: ascii(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
-# Width of a table that is not read on a terminal.
-_FILE_WIDTH = 120
+# Width of a table that is not read on a terminal, and of a terminal that does not say its own.
+_FILE_WIDTH, _UNKNOWN_WIDTH = 120, 80
 
 _NUM_EXAMPLES = 8
 
@@ -28,8 +28,35 @@ def stdout_for_results() -> Iterator[None]:
 
 
 def log(message: str) -> None:
-    """One message on stderr, as it is: a wrapped path cannot be copied."""
+    """One message on stderr, as it is."""
     print(message, file=sys.stderr, flush=True)
+
+
+def note(message: str) -> None:
+    """A message on stderr, folded between words where the terminal ends."""
+    log(_folded(message, sys.stderr))
+
+
+def _folded(text: str, stream: Any) -> str:
+    """A text as wide as COLUMNS says, or the terminal that reads it; for others as it is."""
+    if width := _width(stream):
+        from expertune.text import folded
+
+        return folded(text, width)
+    return text
+
+
+def _width(stream: Any) -> int | None:
+    """Columns that COLUMNS says, or of the terminal that reads a stream; None where neither is known."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdigit() and int(columns):
+        return int(columns)
+    if not stream.isatty():
+        return None
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or _UNKNOWN_WIDTH
+    except (OSError, ValueError):
+        return _UNKNOWN_WIDTH
 
 
 def on_terminal(text: str) -> str:
@@ -44,7 +71,7 @@ def log_error(error: BaseException, message: str | None = None) -> None:
 
         if not speaks(error):
             return
-    log(f"expertune: {message or f'error: {error}'}")
+    note(f"expertune: {message or f'error: {error}'}")
 
 
 def print_json(value: Any) -> None:
@@ -56,8 +83,7 @@ def print_table(renderable: Any) -> None:
     """Something that rich lays out, on stdout; in a file as wide as COLUMNS says, or as `_FILE_WIDTH`."""
     from rich.console import Console
 
-    columns = os.environ.get("COLUMNS", "")
-    width = int(columns) if columns.isdigit() and int(columns) else None if sys.stdout.isatty() else _FILE_WIDTH
+    width = _width(sys.stdout) or _FILE_WIDTH
     Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False).print(renderable)
 
 
@@ -76,7 +102,7 @@ def print_scores(scores: dict[str, Any]) -> None:
     for example in task.get("examples", [])[:_NUM_EXAMPLES]:
         verdict = "right" if example["right"] else "wrong"
         shown = f"\n{example['prompt']}\n  expected: {example['expected']}\n  {verdict}: {example['answered']}"
-        print(on_terminal(shown))
+        print(on_terminal(_folded(shown, sys.stdout)))
 
 
 def print_tasks(tasks: dict[str, Any]) -> None:

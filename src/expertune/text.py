@@ -3,6 +3,7 @@
 And sizes and counts as people read them.
 """
 
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from markupsafe import Markup
 
 _SPELLED_OUT = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _KEPT = "\n\t\u200c\u200d"  # joiners are part of some scripts and of emoji, and move nothing
+
+
+# Words and gaps of a line; what stands in backticks is one word with what touches it.
+_PARTS = re.compile(r"(?:`[^`]*`|\S)+|\s+")
 
 
 def printable(text: str, kept: str = "\n\t") -> str:
@@ -37,6 +42,32 @@ def shortened(text: str, max_chars: int) -> str:
         return text
     head, tail = 2 * max_chars // 3, max_chars // 3
     return f"{text[:head]} [... {len(text) - head - tail:,} characters ...] {text[-tail:]}"
+
+
+def folded(text: str, width: int) -> str:
+    """A text whose lines break between words where the columns end.
+
+    What somebody may copy stays whole: a word that is longer than that, as a path is, and a command in backticks.
+
+    Args:
+        text: any text.
+        width: columns.
+    """
+    from rich.cells import cell_len
+
+    lines = []
+    for line in text.split("\n"):
+        folding = gap = ""
+        for part in _PARTS.findall(line):
+            if part.isspace():
+                gap = part
+            elif not folding.strip() or cell_len(folding + gap + part) <= width:
+                folding, gap = folding + gap + part, ""
+            else:
+                lines.append(folding)
+                folding, gap = part, ""
+        lines.append(folding + gap)
+    return "\n".join(lines)
 
 
 def counted(count: float, noun: str) -> str:

@@ -135,7 +135,20 @@ def test_a_usage_error_is_exit_code_2(run, arguments):
     assert "Usage: expertune" in err
 
 
-def test_no_line_of_an_error_is_wrapped(run, tmp_path):
+def test_an_error_breaks_between_words_on_a_narrow_terminal_and_paths_and_commands_stay_whole(
+    run, run_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "60")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "expertune.json").touch()
+    lines = run("verify", str(tmp_path / "folder"))[2].splitlines()
+    assert len(lines) > 1
+    command = f"`expertune quantize --verify {tmp_path / 'folder'}`"
+    assert sum(command in line for line in lines) == 1
+    assert all(len(line) <= 60 or command in line or str(tmp_path) in line for line in lines)
+
+
+def test_no_line_of_an_error_is_wrapped_in_a_file(run, tmp_path):
     path = tmp_path / ("long-name-" * 20) / "run.yaml"
     assert run("train", str(path))[2] == f"expertune: error: {path}: no such run file\n"
 

@@ -130,6 +130,17 @@ def test_evaluate_prints_figures_and_examples(run, run_dir, api):
     assert "I [like] it.\n  expected: f(a[b])\n  wrong: f(a[c])" in out
 
 
+def test_examples_of_an_evaluation_break_between_words_on_a_narrow_terminal(run, run_dir, api, monkeypatch):
+    long = {"prompt": "Which of these words? " * 9, "expected": "This one. " * 9, "answered": "None. " * 20}
+    scores = SCORES | {"task": SCORES["task"] | {"examples": [SCORES["task"]["examples"][0] | long]}}
+    api.evaluate = lambda *_, **__: scores
+    assert max(map(len, run("evaluate", run_dir)[1].splitlines())) > 100
+    monkeypatch.setenv("COLUMNS", "60")
+    out = run("evaluate", run_dir)[1]
+    assert max(map(len, out.splitlines())) <= 60
+    assert " ".join(long["prompt"].split()) in " ".join(out.split())
+
+
 def test_evaluate_as_json(run, run_dir, api):
     api.evaluate = lambda *_, **__: SCORES
     code, out, err = run("evaluate", run_dir, "--json")

@@ -165,6 +165,25 @@ def test_a_bar_keeps_the_step_and_the_time_left_in_any_terminal(width: int) -> N
     assert len(last) <= width
 
 
+@pytest.mark.parametrize(
+    ("terminal", "columns", "folds"), [(True, None, True), (False, None, False), (False, "40", True)]
+)
+def test_lines_break_between_words_where_a_reader_has_fewer_columns_and_paths_stay_whole(
+    terminal: bool, columns: str | None, folds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    written = io.StringIO()
+    path = f"runs/{'long-name-' * 5}/lengths.png"
+    line = f"data: 5,103 training examples, 0 skipped; lengths in {path}, 1,735 tokens/s  memory 1.19 GB"
+    Bars(Console(file=written, width=None if columns else 40, force_terminal=terminal)).print(line)
+    shown = written.getvalue().splitlines()
+    assert (len(shown) > 1) == folds
+    assert path in "".join(shown)
+    assert all(len(each) <= 40 or path in each for each in shown) == folds
+    assert " ".join(shown).split() == line.split()
+
+
 @pytest.mark.parametrize("show", ["print", "print_folded"])
 def test_lines_are_no_markup_and_move_no_cursor(show: str) -> None:
     written = io.StringIO()

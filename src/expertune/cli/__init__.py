@@ -23,7 +23,7 @@ from expertune.cli.training import data, init, plan, train
 from expertune.errors import ExpertuneError
 from expertune.kernels.threads import prepare_threads
 from expertune.storage import failure
-from expertune.terminal import log, log_error
+from expertune.terminal import log, log_error, note
 
 _WIDEST_HELP = 120
 """Columns that help is at most laid out in; a narrower terminal folds it."""
@@ -44,7 +44,7 @@ class _Commands(typer.core.TyperGroup):
                 # A failed read or write is the user's to fix; a closed pipe is handled by `main`.
                 if (reason := failure(error)) is None:
                     raise
-                log(f"expertune: error: {reason}")
+                note(f"expertune: error: {reason}")
                 raise typer.Exit(2) from None
             except KeyboardInterrupt:
                 log("expertune: interrupted")

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from expertune.report.differences import differences
-from expertune.terminal import log, on_terminal, print_table, stdout_for_results
+from expertune.terminal import note, on_terminal, print_table, stdout_for_results
 from expertune.text import counted, printable, shortened
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ def print_answers(answers: "Iterator[Answer]", form: Form, max_new_tokens: int) 
     if form.as_json:
         return
     if number := cut["length"]:
-        log(f"cut after {counted(max_new_tokens, 'token')}: {_of(number, num_answers)}; see --max-new-tokens")
+        note(f"cut after {counted(max_new_tokens, 'token')}: {_of(number, num_answers)}; see --max-new-tokens")
     if number := cut["context"]:
-        log(f"cut where the model's context ends: {_of(number, num_answers)}")
+        note(f"cut where the model's context ends: {_of(number, num_answers)}")
 
 
 def _of(number: int, total: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from expertune.errors import ConfigError, DataError, did_you_mean
-from expertune.terminal import log, on_terminal
+from expertune.terminal import log, note, on_terminal
 
 if TYPE_CHECKING:
     from expertune.generation.chat import Conversation
@@ -32,7 +32,7 @@ def converse(conversation: "Conversation") -> None:
             name, text = match.group(1), (match.group(2) or "").strip()
             if name == "/exit":
                 return
-            log(_obey(conversation, name, text))
+            note(_obey(conversation, name, text))
         else:
             _answer(conversation, line)
 
@@ -68,9 +68,9 @@ def _answer(conversation: "Conversation", message: str) -> None:
     if conversation.finish_reason == "length":
         from expertune.text import counted
 
-        log(f"(cut after {counted(conversation.sampling.max_new_tokens, 'token')}; see --max-new-tokens)")
+        note(f"(cut after {counted(conversation.sampling.max_new_tokens, 'token')}; see --max-new-tokens)")
     elif conversation.finish_reason == "context":
-        log("(cut where the model's context ends; /reset makes room)")
+        note("(cut where the model's context ends; /reset makes room)")
 
 
 def _obey(conversation: "Conversation", name: str, text: str) -> str:

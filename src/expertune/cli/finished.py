@@ -29,7 +29,7 @@ from expertune.cli.prompts import check_prompts, columns_of, drawn, read_prompts
 from expertune.distributed.processes import require_one_process
 from expertune.errors import ConfigError
 from expertune.generation.sampling import Sampling
-from expertune.terminal import importing, log, print_json, print_scores, print_tasks, stdout_for_results
+from expertune.terminal import importing, note, print_json, print_scores, print_tasks, stdout_for_results
 
 if TYPE_CHECKING:
     from expertune import RunRecord
@@ -70,7 +70,7 @@ def evaluate(
         of_tasks["tasks"] = tasks
     elif of_tasks:
         raise ConfigError(f"--{next(iter(of_tasks)).replace('_', '-')}: of use with --tasks TASK only; give one")
-    log(_loading(record, run_dir, adapter, model, base_only))
+    note(_loading(record, run_dir, adapter, model, base_only))
     with stdout_for_results():
         with importing():
             score = expertune.evaluate
@@ -138,7 +138,7 @@ def generate(
         raise ConfigError("--compare answers with the adapter and without it; leave out --base-only")
     record = require_adapter(run_dir, adapter)
     prompts = read_prompts(prompt, prompt_file)
-    log(_loading(record, run_dir, adapter, model, base_only))
+    note(_loading(record, run_dir, adapter, model, base_only))
     with stdout_for_results():
         with importing():
             answer = expertune.answers
@@ -190,7 +190,7 @@ def chat(
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     columns = columns_of(column)
     record = require_adapter(run_dir, adapter)
-    log(_loading(record, run_dir, adapter, model, base_only))
+    note(_loading(record, run_dir, adapter, model, base_only))
     with stdout_for_results():
         with importing():
             begin = expertune.chat
@@ -209,8 +209,8 @@ def chat(
             other_base=other_base,
             model=model,
         )
-    log(f"{run_dir}: {_which(record, adapter, model, base_only)}. /help lists commands; /exit or Ctrl-D ends.")
-    log(how_it_goes(conversation))
+    note(f"{run_dir}: {_which(record, adapter, model, base_only)}. /help lists commands; /exit or Ctrl-D ends.")
+    note(how_it_goes(conversation))
     converse(conversation)
 
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from expertune.errors import ConfigError, DataError
 from expertune.generation.sampling import Sampling
-from expertune.terminal import log
+from expertune.terminal import note
 
 STDIN = "-"
 
@@ -51,17 +51,17 @@ def drawn(sampling: Sampling) -> int | None:
     if sampling.is_greedy and (sampling.top_p is not None or sampling.top_k is not None):
         if sampling.temperature is None:
             given = "--top-p 1" if sampling.top_k is None else "--top-k 0"
-            log(f"{given} leaves out no token, and the most likely one is taken each time; --temperature 1 draws")
+            note(f"{given} leaves out no token, and the most likely one is taken each time; --temperature 1 draws")
         else:
-            log("--temperature 0 takes the most likely token each time; --top-p and --top-k change nothing then")
+            note("--temperature 0 takes the most likely token each time; --top-p and --top-k change nothing then")
     if sampling.is_greedy and sampling.seed is not None:
-        log(f"--seed {sampling.seed} decides nothing: the most likely token is taken each time; --temperature 1 draws")
+        note(f"--seed {sampling.seed} decides nothing: the most likely token is taken each time; --temperature 1 draws")
     if sampling.is_greedy or sampling.seed is not None:
         return sampling.seed
     import secrets  # which loads a library of ciphers
 
     seed = secrets.randbelow(2**31)
-    log(f"drawing with seed {seed}; --seed {seed} draws the same again")
+    note(f"drawing with seed {seed}; --seed {seed} draws the same again")
     return seed
 
 

@@ -16,7 +16,7 @@ from expertune.errors import ConfigError, naming
 from expertune.gpus import find_device
 from expertune.run.signals import Terminated
 from expertune.storage import write_text
-from expertune.terminal import importing, log, log_error, print_json, print_table, stdout_for_results, working
+from expertune.terminal import importing, log, log_error, note, print_json, print_table, stdout_for_results, working
 
 if TYPE_CHECKING:
     from expertune.config import RunConfig
@@ -116,7 +116,7 @@ def plan(
         print_table(made.render())
     if not made.fits:
         # The table above has all of it; a second one in the error would only push it off the screen.
-        log(f"expertune: error: {made.model} does not fit: see the plan above")
+        note(f"expertune: error: {made.model} does not fit: see the plan above")
         raise typer.Exit(2)
 
 

@@ -40,10 +40,13 @@ def render_summary(record: Mapping[str, Any], output_dir: str, examples: int = 3
     for example in task.get("after", {}).get("examples", [])[:examples]:
         parts.append(_example(example))
     folder = printable(output_dir, kept="")
-    parts.append(Text(f"adapter:  {folder}/adapter{_reader(record.get('adapter', {}))}"))
-    parts.append(Text(f"report:   {folder}/report.html"))
-    parts.append(Text(f"picture:  {folder}/summary.png"))
-    parts.append(Text(f"try it:   expertune chat {shlex.quote(folder)}"))
+    for line in (
+        f"adapter:  {folder}/adapter{_reader(record.get('adapter', {}))}",
+        f"report:   {folder}/report.html",
+        f"picture:  {folder}/summary.png",
+        f"try it:   expertune chat {shlex.quote(folder)}",
+    ):
+        parts.append(Text(line, no_wrap=True, overflow="ignore"))  # a path or a command that is folded is not copied
     return Group(*parts)
 
 

@@ -64,11 +64,11 @@ class RunContext:
         return int(self.config.training.get("seed", 42))
 
     def notify(self, line: str) -> None:
-        """Show one line without wrapping it, so that a path in it can be copied."""
+        """Show one line, in a file as one; a terminal folds it between words, so that a path in it can be copied."""
         self.bars.print(line)
 
     def tell(self, line: str) -> None:
-        """Show one line, folded where the console ends: of words, not of paths or commands."""
+        """Show one line, folded in a file too: of words, not of figures that are looked for there."""
         self.bars.print_folded(line)
 
     def show_score(self, when: str) -> None:

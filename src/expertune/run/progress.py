@@ -1,5 +1,6 @@
 """How far something is and how long it will still take: bars on a terminal or in a notebook, else a line at times."""
 
+import os
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from expertune.notebook.progress import NotebookProgress, in_notebook
-from expertune.text import printable
+from expertune.text import folded, printable
 
 Clock = Callable[[], float]
 Update = Callable[[int, int], None]
@@ -84,6 +85,11 @@ def _so_far(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60} s so far" if 60 <= whole < 600 else f"{in_words(seconds)} so far"
 
 
+def folds(console: Console) -> bool:
+    """Whether lines break where a console ends: on a terminal, and where COLUMNS says how wide its reader's is."""
+    return console.is_terminal or bool(os.environ.get("COLUMNS"))
+
+
 class Bars:
     """All that is under way at one time on one console.
 
@@ -118,18 +124,20 @@ class Bars:
             bar.close()
 
     def print(self, line: str) -> None:
-        """Print a line, which is not wrapped; what is under way need not say for a while that it is."""
-        self._say(line, soft_wrap=True)
+        """Print a line, in a file as one; what is under way need not say for a while that it is."""
+        self._say(line, folds(self.console))
 
     def print_folded(self, line: str) -> None:
-        """Print a line, folded where the console ends."""
-        self._say(line, soft_wrap=False)
+        """Print a line, folded where the console ends in a file too."""
+        self._say(line, is_folded=True)
 
-    def _say(self, line: str, soft_wrap: bool) -> None:
+    def _say(self, line: str, is_folded: bool) -> None:
         # Lines hold paths, data and what libraries say: none of it is rich's markup, and none moves the cursor.
+        text = printable(line)
         with self._lock:
             self._printed = self.clock()
-            self.console.print(printable(line), soft_wrap=soft_wrap, markup=False, highlight=False, emoji=False)
+            text = folded(text, self.console.width) if is_folded else text
+            self.console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
     def break_silence(self) -> None:
         """Print how far it is, where no bar says it and nothing has been printed for a while."""
