@@ -142,6 +142,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         ("=3", "section.key=value"),
         ("model.x=3", "a value, not a section"),
         ("lora.r=[", "not valid YAML"),
+        ("lora={r:8}", "r:8: a colon needs a space behind it; write 'r: 8'"),
         ("lora.r=", "no value behind the =; write one, or null"),
         ("revision= ", "no value behind the ="),
         ("lora.rr=3", "unknown key lora.rr"),

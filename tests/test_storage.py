@@ -82,6 +82,16 @@ def test_disk_that_fails_under_any_command_is_one_error(arguments: list[str], mo
     )
 
 
+def test_file_that_cannot_be_made_is_named_and_not_the_one_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: int) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+
+    monkeypatch.setattr(storage.os, "open", refuse)
+    with pytest.raises(PermissionError) as error, write_whole(Path("page.html")):
+        pass
+    assert error.value.filename == "page.html"
+
+
 def test_file_whose_writer_stops_half_way_is_the_old_one_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "summary.png"
     path.write_bytes(b"old")

@@ -225,8 +225,8 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
         beside.replace(path)
     except BaseException as error:
         beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a failed write or flush knows none
+        if isinstance(error, OSError) and error.filename in (None, str(beside), beside):
+            error.filename = str(path)  # a failed write or flush knows none, and nobody has named the file beside
         raise
 
 

@@ -59,6 +59,7 @@ def quantize(
         return
     if out is None:
         raise typer.BadParameter("give the folder to write", param_hint="OUT")
+    bits = _bits(layers or []) or None
     try:
         with stdout_for_results(), writing("quantize") as progress:
             with importing():
@@ -69,7 +70,7 @@ def quantize(
                 double_quantization=double_quantization,
                 fit=fit,
                 calibration=calibration,
-                layers=_bits(layers or []) or None,
+                layers=bits,
                 dtype=dtype,
                 revision=revision,
                 trust_remote_code=trust_remote_code,

@@ -141,6 +141,11 @@ def _require_plain(values: Any, where: str) -> None:
                     raise ConfigError(f"{where}: {shortened(name)}: a key must be text, got {shortened(key)}")
                 if problem := _problem_of(key):
                     raise ConfigError(f"{where}: key {shortened(name)!r}: {problem}")
+                if item is None and ":" in key:  # as in {r:8}, which YAML reads as a key without a value
+                    meant = shortened(key.replace(":", ": ", 1))
+                    raise ConfigError(
+                        f"{where}: {shortened(name)}: a colon needs a space behind it; write {shortened(meant)!r}"
+                    )
                 stack.append((name, item, depth + 1))
         elif isinstance(value, list):
             stack.extend((f"{at}[{index}]", item, depth + 1) for index, item in enumerate(value))

@@ -330,6 +330,8 @@ def test_verify_names_the_file_in_which_one_bit_has_changed(copy: Path) -> None:
 
 
 def test_verify_of_something_else_says_what_is_missing(mixtral: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere: no such folder"):
+        verify(mixtral / "nowhere")
     with pytest.raises(CheckpointError, match=r"no expertune\.json here; is it an NF4 folder"):
         verify(mixtral)
 
