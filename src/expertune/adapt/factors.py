@@ -119,8 +119,14 @@ def read_factors(
     Raises:
         CheckpointError: a tensor belongs to no module of this model, has no partner, or an expert has none.
     """
-    plain = PerExpert(config, tensors, names, where, is_own_config)
-    found = AdapterFactors()
+    return factors_of(PerExpert(config, tensors, names, where, is_own_config), names, selected)
+
+
+def factors_of(
+    plain: "PerExpert", names: NameMap, selected: Mapping[str, Sequence[int]] | None = None
+) -> AdapterFactors:
+    """What `read_factors` does with tensors that are under per-expert names; the arguments are that one's."""
+    where, found = plain.where, AdapterFactors()
     rest = dict.fromkeys(plain.modules)
     for module, spec in names.specs.items():
         for projection in spec.projections:

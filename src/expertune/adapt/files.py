@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from expertune.adapt.factors import PerExpert
+from expertune.adapt.factors import AdapterFactors, PerExpert, factors_of
 from expertune.adapt.layout_trial import StockLayout
-from expertune.adapt.validation import require_targets_of_tensors, require_valid_config, require_valid_tensors
+from expertune.adapt.targets_in_file import require_named
+from expertune.adapt.validation import require_valid_config, require_valid_tensors
 from expertune.checkpoint.adapter_folder import CONFIG_NAME, LIVE_NAME, SETTINGS, SETTINGS_KEY, WEIGHTS_NAME
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.json_file import read_mapping
@@ -148,8 +149,22 @@ class AdapterFile:
         return experts.layers if experts else {}
 
     def per_expert(self, names: NameMap) -> PerExpert:
-        """The tensors under per-expert names; see `PerExpert`."""
-        return PerExpert(self.config, self.tensors, names, self.where)
+        """The tensors under per-expert names; see `PerExpert`.
+
+        Raises:
+            CheckpointError: see `PerExpert`; or the config does not name a module that has tensors.
+        """
+        plain = PerExpert(self.config, self.tensors, names, self.where)
+        require_named(self.config, plain.modules, names, self.where, plain.is_plain)
+        return plain
+
+    def factors(self, names: NameMap) -> AdapterFactors:
+        """Its factors by live modules; see `read_factors`.
+
+        Raises:
+            CheckpointError: see `read_factors` and `per_expert`.
+        """
+        return factors_of(self.per_expert(names), names, self.selected)
 
 
 def read_adapter(folder: str | Path) -> AdapterFile:
@@ -159,7 +174,6 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         CheckpointError: see `read_adapter_config` and `read_adapter_tensors`; or the two are not of one adapter.
     """
     config, tensors = read_adapter_config(folder), read_adapter_tensors(folder)
-    require_targets_of_tensors(str(folder), config, tensors)
     live = Path(folder) / LIVE_NAME
     try:
         factors = load_file(live) if live.is_file() else {}

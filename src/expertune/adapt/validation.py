@@ -8,16 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from expertune.adapt.factors import MAGNITUDE, PREFIX, split_key
+from expertune.adapt.factors import MAGNITUDE, PREFIX
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.reader import short
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.errors import CheckpointError
-from expertune.text import counted
 
 _LARGEST_RANK = 2**16
-# Of a module's name; that of a damaged file may have any number.
-_MOST_PARTS = 64
 
 
 def require_valid_config(path: Path, config: Mapping[str, Any]) -> None:
@@ -67,38 +64,6 @@ def require_valid_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 f"{path}: tensor {short(key)} of shape {tuple(tensor.shape)} and {tensor.dtype} is no factor of an "
                 "adapter: these are matrices of floating-point numbers"
             )
-
-
-def require_targets_of_tensors(where: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors of modules that an `adapter_config.json` does not name: PEFT would leave them out in silence.
-
-    Args:
-        where: the adapter.
-        config: its config, which has been validated.
-        tensors: its tensors by name on disk.
-
-    Raises:
-        CheckpointError: names the first module, and what of it is missing in the config.
-    """
-    # A stack of experts is a parameter of its module, which the file's name has alone.
-    of_stacks = {name.rpartition(".")[0] for name in config.get("target_parameters") or ()}
-    targets = {*(config.get("target_modules") or ()), *of_stacks}
-    stems = dict.fromkeys(stem.removesuffix(".base_layer") for stem, factor in map(split_key, tensors) if factor)
-    # Each target is a name or the end of one: as many look-ups as the name has parts.
-    beyond = [stem for stem in stems if targets.isdisjoint(_ends(stem))]
-    if beyond:
-        more = f" and {counted(len(beyond) - 1, 'more module')}" if len(beyond) > 1 else ""
-        raise CheckpointError(
-            f"{where}: the tensors have factors of {short(beyond[0])}{more}, which target_modules of "
-            "adapter_config.json does not name, so that PEFT would leave them out: these are files of two adapters, or "
-            f"one was changed; copy the adapter again, or add {short(beyond[0].rpartition('.')[2])} to target_modules"
-        )
-
-
-def _ends(name: str) -> list[str]:
-    """The name, and what is left of it after each of its dots."""
-    parts = name.rsplit(".", _MOST_PARTS)
-    return [".".join(parts[first:]) for first in range(len(parts))]
 
 
 def require_ranks_in_file(where: str, targets: ResolvedTargets, names: NameMap, tensors: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from expertune.adapt.base_model import require_same_base
-from expertune.adapt.factors import difference, read_factors
+from expertune.adapt.factors import difference
 from expertune.adapt.files import AdapterFile, read_adapter, read_adapter_base
 from expertune.checkpoint.fingerprint import read_fingerprint
 from expertune.checkpoint.formats.nf4_folder import CALIBRATED, is_nf4_folder, read_nf4_folder
@@ -52,7 +52,7 @@ def open_source(
     folder = source.context.output_dir / INITIAL_ADAPTER
     require_kept_adapter(folder, begun["sha256"])
     initial = read_adapter(folder)
-    began = read_factors(initial.config, initial.tensors, source.names, initial.where, initial.selected)
+    began = initial.factors(source.names)
     # What it has learned is on the source, and corrects no 4-bit weights.
     return replace(source, factors=difference(source.factors, began), fingerprint=source.fingerprint.of_source)
 
@@ -98,7 +98,7 @@ def read_source(context: RunContext, adapter: Path, base: ModelSource, onto: str
     if trained_on:
         fingerprint = replace(fingerprint, held=trained_on.held)
     file = read_adapter(adapter)
-    factors = read_factors(file.config, file.tensors, names, file.where, file.selected)
+    factors = file.factors(names)
     for key, tensor in file.tensors.items():
         if not tensor.isfinite().all():
             raise CheckpointError(f"{file.where}: {key} holds NaN or infinite values; export another state of the run")
