@@ -64,6 +64,20 @@ def test_train_and_evaluate_give_one_number(
     assert expertune.evaluate(opened, base_only=True)["loss"] == before == record["eval"]["before"]
 
 
+def test_what_an_evaluation_has_no_use_of_is_told(
+    run_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(run_values, max_steps=1)
+    scores = expertune.evaluate(run_values["output_dir"], rows=3)
+    assert scores.keys() == {"adapter", "loss", "recoveries"}
+    assert "rows: 3 decides nothing: the run has no task.metric" in capsys.readouterr().err
+    record = RunRecord.start(tmp_path / "without")
+    record.add("config", data={"train": "rows.jsonl"})
+    record.save()
+    with pytest.raises(ConfigError, match=r"the run has no data\.eval, and so no examples to evaluate on"):
+        expertune.evaluate(tmp_path / "without")  # in which no adapter is looked for
+
+
 def test_train_evaluates_before_its_first_and_after_its_last_step_by_default(run_values: dict[str, Any]) -> None:
     for key in ("eval_strategy", "eval_steps"):
         del run_values["training"][key]

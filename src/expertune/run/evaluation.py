@@ -80,9 +80,12 @@ def evaluate(
         return _evaluate_tasks(opened_run(run, options), files, rows, base_only)
     if of_tasks:
         raise ConfigError(f"{', '.join(of_tasks)}: of use with {option('tasks', 'NAME')} only")
+    if not isinstance(run, Run):
+        _require_examples(Path(run), RunRecord.load(run))  # before a model is loaded
     run = opened_run(run, options)
-    if run.config.data.eval is None:
-        raise ConfigError(f"{run.output_dir}: the run has no data.eval examples to evaluate on")
+    _require_examples(run.output_dir, run.record)
+    if rows is not None and run.config.task.metric is None:
+        run.context.notify(f"rows: {rows} decides nothing: the run has no task.metric, and its loss is of all examples")
     data, tokenizer = settled(run.config.data, run.record["data"]["eval"]), run.tokenizer
     with run.context.bars.task("tokenizing", "examples") as progress:
         examples = prepare_examples(data, "eval", tokenizer, progress, run.config.objective)
@@ -107,6 +110,15 @@ def evaluate(
         )
     result["recoveries"] = [change.to_json() for change in changes]
     return result
+
+
+def _require_examples(run_dir: Path, record: RunRecord) -> None:
+    data = record.section("config").get("data")
+    if isinstance(data, dict) and data.get("eval") is None:
+        raise ConfigError(
+            f"{run_dir}: the run has no data.eval, and so no examples to evaluate on; {option('tasks', 'TASK')} scores "
+            "it on tasks of lm-evaluation-harness"
+        )
 
 
 def _preference(run: Run) -> Any:
