@@ -120,6 +120,10 @@ def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
         expertune.attach(model, rank=8)  # type: ignore[call-arg]
     with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
         expertune.load_adapter(model, tmp_path)
+    with pytest.raises(ConfigError, match=r"revision: main is of a hub id, and .* is a folder"):
+        expertune.load_model(folder, revision="main")
+    with pytest.raises(ConfigError, match=r"revision: main is of a hub id, and .* is a folder"):
+        expertune.quantize(folder, tmp_path / "nf4", revision="main")
     with pytest.raises(ConfigError, match=r"take a model from expertune\.load_model"):
         expertune.attach(AutoModelForCausalLM.from_pretrained(folder))
 

@@ -269,6 +269,9 @@ def _record_notes(context: RunContext, micro_batch: MicroBatch, point: ResumePoi
     if context.config.offload_activations and not has_separate_host(context.device):
         device = context.device.type
         context.notes.append(f"offload_activations: on this {device} memory is the host's, and nothing is moved")
+    if context.config.revision is not None and Path(context.config.model).expanduser().is_dir():
+        decides_nothing = f"decides nothing: {context.config.model} is a folder, and no hub id"
+        context.notes.append(f"revision: {context.config.revision} {decides_nothing}")
     for note in context.notes:
         context.notify(note)
     context.record.update("train", notes=context.notes, micro_batch=asdict(micro_batch))

@@ -92,10 +92,12 @@ def load_model(
             the `calibration.safetensors` of a run of this model. An NF4 folder has its own: another is refused.
 
     Raises:
-        CheckpointError, ConfigError, UnsupportedModelError: the model is missing, damaged, or of no kind that is read.
+        CheckpointError, ConfigError, UnsupportedModelError: the model is missing, damaged, or of no kind that is read;
+            or a folder, and a revision is given.
     """
     device = device_named(device)
     compute_dtype = resolve_compute_dtype(dtype, device)
+    _require_hub_id(model, revision)
     source = fetch_model(str(model), revision, trust_remote_code)
     asked, calibration = _how_held(held)
     moments = None if calibration is None else Moments.load(Path(calibration))
@@ -189,8 +191,15 @@ def quantize(model: str | Path, out: str | Path, **options: Unpack[QuantizeOptio
     asked, calibration = _how_held(options, double)
     revision, trust = options.get("revision"), options.get("trust_remote_code", False)
     progress = options.get("progress")
+    _require_hub_id(model, revision)
     how = SourceOptions(revision=revision, trust_remote_code=trust, calibration=calibration)
     return write_nf4_folder(str(model), out, asked, dtype, progress, **how)
+
+
+def _require_hub_id(model: str | Path, revision: str | None) -> None:
+    """Refuse a revision of a folder, which has none: its files may be of another one."""
+    if revision is not None and Path(model).expanduser().is_dir():
+        raise ConfigError(f"revision: {revision} is of a hub id, and {model} is a folder; leave one of the two out")
 
 
 def _how_held(

@@ -39,7 +39,7 @@ def test_path_that_is_not_there_is_not_looked_for_on_the_hub(model: str) -> None
 
 def test_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(CheckpointError, match="a file; give the folder that holds the model's files"):
         fetch_model(str(tmp_path / "model.safetensors"))
 
 

@@ -64,10 +64,11 @@ def test_train_and_evaluate_give_one_number(
     assert expertune.evaluate(opened, base_only=True)["loss"] == before == record["eval"]["before"]
 
 
-def test_what_an_evaluation_has_no_use_of_is_told(
+def test_what_a_run_or_an_evaluation_has_no_use_of_is_told(
     run_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(run_values, max_steps=1)
+    _, said = run(run_values | {"revision": "main"}, max_steps=1)
+    assert f"revision: main decides nothing: {run_values['model']} is a folder" in said
     scores = expertune.evaluate(run_values["output_dir"], rows=3)
     assert scores.keys() == {"adapter", "loss", "recoveries"}
     assert "rows: 3 decides nothing: the run has no task.metric" in capsys.readouterr().err

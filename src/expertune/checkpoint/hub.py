@@ -78,7 +78,9 @@ def find_folder(
     if folder.is_dir():
         require_model_folder(folder)
         return folder, False
-    if folder.exists() or model.startswith((".", "/", "~")):
+    if folder.exists():
+        raise error(f"model {model}: a file; give the folder that holds the model's files")
+    if model.startswith((".", "/", "~")):
         raise error(f"model {model}: no such folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
