@@ -237,8 +237,8 @@ def damaged_progress(folder: Path, problem: str) -> CheckpointError:
 
 def _read_json(path: Path, sections: Iterable[str], fix: str = _AGAIN) -> dict[str, Any]:
     if not path.is_file():
-        missing = f"no {path.name} here; is it an NF4 folder?" if path.parent.is_dir() else "no such folder"
-        raise CheckpointError(f"{path.parent}: {missing}")
+        problem = f"no {path.name} here; is it an NF4 folder?" if path.parent.is_dir() else "no such folder"
+        raise CheckpointError(f"{path.parent}: {problem}")
     values = read_mapping(path, fix=fix)
     version = values.get("format_version")
     if version != FORMAT_VERSION:
