@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
 from expertune import load_config
+from expertune.checkpoint.load import fingerprint_of
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from expertune.planning import make_plan
 
@@ -164,31 +165,64 @@ def test_plan_names_an_adapter_to_start_from_that_is_not_there(run_of, tmp_path,
         make_plan(run_of("deepseek-r1", lora={"init_from": str(folder)}))
 
 
-def test_plan_has_the_ranks_and_the_targets_of_the_adapter_that_a_run_starts_from(run_of, tmp_path):
-    ranks, pattern = [2, 6, 6, 6], {"layers.0.self_attn.q_proj": 2}
-    config = {"peft_type": "LORA", "r": 6, "lora_alpha": 12, "target_modules": ["q_proj"], "rank_pattern": pattern}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+def save_adapter(folder, config, leaf="q_proj", metadata=None):
+    """One of TINY_MIXTRAL's attention, with the ranks 2 and 6."""
+    folder.mkdir(exist_ok=True)
     factors = {
-        f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{factor}.weight": torch.ones(shape)
-        for layer, rank in enumerate(ranks)
+        f"base_model.model.model.layers.{layer}.self_attn.{leaf}.lora_{factor}.weight": torch.ones(shape)
+        for layer, rank in enumerate([2, 6, 6, 6])
         for factor, shape in (("A", (rank, 256)), ("B", (256, rank)))
     }
-    weights = tmp_path / "adapter_model.safetensors"
-    save_file(factors, weights)
+    save_file(factors, folder / "adapter_model.safetensors", metadata)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+PATTERN = {"layers.0.self_attn.q_proj": 2}
+OF_QUERIES = {"peft_type": "LORA", "r": 6, "lora_alpha": 12, "target_modules": ["q_proj"], "rank_pattern": PATTERN}
+
+
+def test_plan_has_the_ranks_and_the_targets_of_the_adapter_that_a_run_starts_from(run_of, tmp_path):
+    save_adapter(tmp_path, OF_QUERIES)
     started = make_plan(run_of(TINY_MIXTRAL, lora={"init_from": str(tmp_path)}, memory_budget="1MB"))
-    lora = {"r": 6, "targets": ["q_proj"], "rank_pattern": pattern}
+    lora = {"r": 6, "targets": ["q_proj"], "rank_pattern": PATTERN}
     named = make_plan(run_of(TINY_MIXTRAL, lora=lora, kernels={"keep": 0}))  # as with too little memory
     assert started.parameters == named.parameters
-    assert started.parameters.trainable == sum(ranks) * 2 * 256
+    assert started.parameters.trainable == (2 + 6 + 6 + 6) * 2 * 256
     assert started.memory == named.memory
     assert started.disk == named.disk
     assert "lora.r" not in str(started.to_json()["what_to_change"])
     with pytest.raises(ConfigError, match=r"lora\.r is 8, but the adapter at .* has 6; remove the key to take"):
         make_plan(run_of(TINY_MIXTRAL, lora={"init_from": str(tmp_path), "r": 8}))
-    save_file({key.replace("q_proj", "qkv"): each for key, each in factors.items()}, weights)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config).replace("q_proj", "qkv"))
+    save_adapter(tmp_path, json.loads(json.dumps(OF_QUERIES).replace("q_proj", "qkv")), "qkv")
     with pytest.raises(CheckpointError, match=r"no adapter of this model: lora\.targets: no module is called 'qkv'"):
         make_plan(run_of(TINY_MIXTRAL, lora={"init_from": str(tmp_path)}))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj"], ["v_proj"], ["attention"], ["q_proj", "experts"]])
+def test_plan_refuses_other_targets_than_those_of_the_adapter_that_a_run_starts_from(run_of, tmp_path, targets):
+    folder = str(save_adapter(tmp_path, OF_QUERIES))
+    refusal = f"lora.targets is {targets}, but the adapter at {folder} has ['q_proj']; remove the key"
+    with pytest.raises(ConfigError, match=re.escape(refusal)):
+        make_plan(run_of(TINY_MIXTRAL, lora={"init_from": folder, "targets": targets}))
+    make_plan(run_of(TINY_MIXTRAL, lora={"init_from": folder, "targets": ["q_proj"]}))
+
+
+def test_plan_refuses_an_adapter_of_another_base_unless_that_is_wanted(run_of, tiny_mixtral, tmp_path):
+    base = json.dumps(fingerprint_of(tiny_mixtral).to_json())
+    lora = {"init_from": str(save_adapter(tmp_path / "adapter", OF_QUERIES, metadata={"expertune.base": base}))}
+    make_plan(run_of(tiny_mixtral, lora=lora))
+    other_weights = r"was trained on another base model than .*: other weights \(embeddings\)"
+    rewrite(tiny_mixtral, lambda tensors: tensors["model.embed_tokens.weight"].add_(1))
+    with pytest.raises(CheckpointError, match=other_weights):
+        make_plan(run_of(tiny_mixtral, lora=lora))
+    (tiny_mixtral / "model.safetensors").unlink()  # of which a plan needs nothing
+    make_plan(run_of(tiny_mixtral, lora=lora))
+    config = json.loads((tiny_mixtral / "config.json").read_text())
+    (tiny_mixtral / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    with pytest.raises(CheckpointError, match=r"another base model than .*: rms_norm_eps was .* and is 0\.5"):
+        make_plan(run_of(tiny_mixtral, lora=lora))
+    make_plan(run_of(tiny_mixtral, lora=lora | {"init_from_other_base": True}))
 
 
 # --- the hub --------------------------------------------------------------------------------------------------------

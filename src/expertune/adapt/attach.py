@@ -7,7 +7,7 @@ import torch
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import PreTrainedModel
 
-from expertune.adapt.base_model import require_every_layer, require_same_base
+from expertune.adapt.base_model import adapted_names, require_every_layer, require_same_base, within_layers_of
 from expertune.adapt.factors import PerExpert
 from expertune.adapt.file_layout import sparse_layout, stock_layout
 from expertune.adapt.files import (
@@ -37,6 +37,9 @@ from expertune.config import LoraSection
 from expertune.errors import CheckpointError, ConfigError
 from expertune.experts.lora import ExpertLoraConfig
 from expertune.experts.module import Nf4Experts, parallel_of
+
+# Targets that mean what a loss reaches.
+_ALIASES = frozenset({"attention", "experts"})
 
 
 def attach(
@@ -86,7 +89,7 @@ def attach(
         if adopted is None:
             targets = resolve_targets(loaded.model, loaded.names, lora, reached)
         else:
-            lora, targets = _adopted_targets(loaded, lora, *adopted, reached)
+            lora, targets = _adopted_targets(loaded.model, loaded.names, lora, adopted, reached)
     if targets.groups and parallel_of(loaded.model):
         raise ConfigError(
             f"lora.init_from: the adapter at {lora.init_from} is on some experts only, or with several ranks, and "
@@ -111,17 +114,31 @@ def attach(
 
 
 def _adopted_targets(
-    loaded: LoadedModel, asked: LoraSection, file: AdapterFile, plain: PerExpert, reached: set[str] | None
+    model: PreTrainedModel,
+    names: NameMap,
+    asked: LoraSection,
+    adapter: tuple[AdapterFile, PerExpert],
+    reached: Collection[str] | None,
+    tried: bool = True,
 ) -> tuple[LoraSection, ResolvedTargets]:
     """The run file's section in the adapter's own shape, and what of the model the adapter is on.
+
+    Args:
+        model: the base model.
+        names: its name map.
+        asked: the run file's section.
+        adapter: the adapter, and its tensors under per-expert names.
+        reached: see `resolve_targets`.
+        tried: whether that is what a loss has been tried on. Otherwise aliases may mean less than it has, and are held
+            to the adapter within the layers alone that the adapter is on: a loss reaches these.
 
     Raises:
         ConfigError, CheckpointError: see `attach`.
     """
-    names, are_named = loaded.names, "targets" in asked.model_fields_set
+    (file, plain), are_named = adapter, "targets" in asked.model_fields_set
     lora = adopt(asked, names, file, plain)
     try:
-        wanted = resolve_targets(loaded.model, names, lora, reached)
+        wanted = resolve_targets(model, names, lora, reached)
     except ConfigError as error:
         if are_named:
             raise
@@ -131,8 +148,12 @@ def _adopted_targets(
         require_every_layer(file.where, wanted, targets)
     require_ranks_in_file(file.where, targets, names, plain.tensors)
     if are_named:
-        named = resolve_targets(loaded.model, names, lora.model_copy(update={"targets": asked.targets}), reached)
-        if named != targets:
+        # Patterns of the adapter's may fit none of these.
+        alone = lora.model_copy(update={"targets": asked.targets, "rank_pattern": {}, "alpha_pattern": {}})
+        named, adapted = adapted_names(resolve_targets(model, names, alone, reached)), adapted_names(targets)
+        if not tried and _ALIASES.intersection(asked.targets):
+            named = within_layers_of(adapted, named)
+        if named != adapted:
             raise ConfigError(
                 f"lora.targets is {asked.targets}, but the adapter at {asked.init_from} has {lora.targets}; "
                 "remove the key to take the adapter's (on the command line: lora.targets=null)"
@@ -182,13 +203,7 @@ def expected_targets(
     if not lora.init_from:
         return lora, resolve_targets(model, names, lora, reached)
     file = read_adapter(lora.init_from)
-    plain = file.per_expert(names)
-    lora = adopt(lora, names, file, plain)
-    try:
-        wanted = resolve_targets(model, names, lora, reached)
-    except ConfigError as error:
-        raise CheckpointError(f"{file.where}: no adapter of this model: {error}") from None
-    return lora, _held_targets(wanted, names, set(plain.modules))
+    return _adopted_targets(model, names, lora, (file, file.per_expert(names)), reached, tried=False)
 
 
 def _widest(targets: ResolvedTargets) -> ResolvedTargets:
@@ -250,7 +265,7 @@ def adopt(lora: LoraSection, names: NameMap, file: AdapterFile, plain: PerExpert
 def _reached(loaded: LoadedModel, asked: LoraSection) -> set[str] | None:
     """What aliases among the targets may mean; None where there is no alias to ask for."""
     given = not asked.init_from or "targets" in asked.model_fields_set
-    if not given or not {"attention", "experts"} & set(asked.targets):
+    if not given or not _ALIASES.intersection(asked.targets):
         return None
     candidates = {
         name: module

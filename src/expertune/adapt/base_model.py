@@ -6,7 +6,7 @@ layers that they have tensors for.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from expertune.adapt.files import read_adapter_base, read_adapter_config
@@ -98,9 +98,9 @@ def require_every_layer(folder: str | Path, wanted: ResolvedTargets, held: Resol
     Raises:
         CheckpointError: a layer has nothing of it.
     """
-    adapted = set(_places(held))
+    adapted = set(_places(adapted_names(held)))
     kinds = {kind for _, kind in adapted}
-    layers = {layer for layer, kind in _places(wanted) if kind in kinds}
+    layers = {layer for layer, kind in _places(adapted_names(wanted)) if kind in kinds}
     left = sorted(layers - {layer for layer, _ in adapted}, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
     if left:
         raise CheckpointError(
@@ -111,10 +111,20 @@ def require_every_layer(folder: str | Path, wanted: ResolvedTargets, held: Resol
         )
 
 
-def _places(targets: ResolvedTargets) -> Iterator[tuple[str, str]]:
-    """Of each target the layer, and its name within a layer."""
-    names = [*targets.linears, *targets.router]
-    names += [f"{module}.{projection}" for module, ranks in targets.experts.items() for projection in ranks]
+def adapted_names(targets: ResolvedTargets) -> set[str]:
+    """What targets are on, by live name, and an expert's projection by that of its module before it."""
+    experts = {f"{module}.{projection}" for module, ranks in targets.experts.items() for projection in ranks}
+    return {*targets.linears, *targets.router, *experts}
+
+
+def within_layers_of(adapted: set[str], names: set[str]) -> set[str]:
+    """Those of the names that lie in layers where something is adapted, or in no layer, such as an output head's."""
+    layers = {layer for layer, _ in _places(adapted)}
+    return names - {name for name in names for layer, _ in _places({name}) if layer not in layers}
+
+
+def _places(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Of each name in a layer that one, and the rest of it."""
     for name in names:
         found = _LAYER.fullmatch(name)
         if found:

@@ -22,7 +22,7 @@ from expertune.generation.cache import cached_numbers
 from expertune.kernels.amounts import Dtype, stack_bytes
 from expertune.planning.inventory import Attention, FrozenWeights, Inventory, Layer, experts_bytes
 from expertune.planning.shapes import Shapes, find_config
-from expertune.planning.source import read_source
+from expertune.planning.source import known_base, read_source
 from expertune.train.merging import Traits
 
 
@@ -38,7 +38,11 @@ def read_shapes(config: RunConfig, compute_dtype: Dtype, trust_remote_code: bool
     begun = None
     if config.lora.init_from:
         from expertune.adapt.attach import expected_targets  # which imports PEFT's tuners
+        from expertune.adapt.base_model import require_same_base
 
+        if not config.lora.init_from_other_base:
+            base = known_base(folder, on_hub, model, names, recipe if source.saw_headers else None)
+            require_same_base(config.lora.init_from, base, config.model)
         begun = expected_targets(model, names, config.lora)
     return Shapes(source, take_inventory(model, names, recipe, dtype), begun)
 

@@ -5,9 +5,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
 from expertune.checkpoint.formats.nf4_folder import is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.headers import check_headers, read_headers
+from expertune.checkpoint.held import Held, held_by
 from expertune.checkpoint.names import NameMap, first_names
+from expertune.checkpoint.reader import open_checkpoint
 from expertune.checkpoint.recipe import Recipe, linears_to_quantize, read_recipe, recipe_of_folder
 from expertune.config import RunConfig
 from expertune.errors import ConfigError
@@ -59,6 +62,26 @@ def read_source(
     if unused := check_headers(replace(headers, shapes=shapes), model, names):
         notes.append(f"tensors that the model has no place for are left out: {first_names(unused)}")
     return recipe, Source(nbytes=headers.nbytes, saw_headers=saw_headers, notes=tuple(notes))
+
+
+def known_base(
+    folder: Path, on_hub: bool, model: PreTrainedModel, names: NameMap, recipe: Recipe | None
+) -> Fingerprint:
+    """What is known of the base that a model becomes: by its config, and by such weights as lie here.
+
+    Args:
+        folder: what `find_config` found.
+        on_hub: whether it is a hub model's.
+        model: the model on the meta device.
+        names: its name map.
+        recipe: how it is held in 4 bits; None where no header was there to say it.
+    """
+    stored = read_nf4_folder(folder) if is_nf4_folder(folder) else None
+    tensors = stored.index.tensors if stored else {}
+    if not on_hub and not stored and any(folder.glob("*.safetensors")):
+        tensors = open_checkpoint(folder).tensors
+    held = held_by(recipe, model, names, stored.calibration if stored else None) if recipe else Held()
+    return read_fingerprint(folder, tensors, model, names, held)
 
 
 def _require_16_bits(config: RunConfig, found: str) -> None:
