@@ -6,18 +6,20 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from expertune.kernels import dense_linear as module
-from expertune.kernels import native
+from expertune.kernels import native, workspace
 from expertune.kernels.dense_linear import dense_linear
 
 # One unit in the last place of the result, and for bfloat16 what 13 bits of each factor add.
 TOLERANCES = {torch.bfloat16: 2**-8 + 2**-11, torch.float16: 2**-11 + 2**-20}
 
 
-@pytest.fixture(params=["native", "tiles"], autouse=True)
+@pytest.fixture(params=["native", "native in parts", "torch in parts"], autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "tiles":
+    if request.param != "native":
+        monkeypatch.setattr(module, "_EVEN", 16)
+        monkeypatch.setattr(module, "LINEAR_PART_BYTES", 4 * 300)
+    if request.param == "torch in parts":
         monkeypatch.setattr(native, "available", lambda: False)
-        monkeypatch.setattr(module, "_TILE", 1000)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -58,6 +60,21 @@ def test_matrix_without_numbers_gives_zeros_as_torch_does(shape: tuple[int, int]
     y = dense_linear(x, weight)
     assert torch.equal(y, x.detach() @ weight.t())
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.zeros(3, shape[1]).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_kept_in_float32_does_not_grow_with_a_heads_vocabulary(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, depth, vocabulary, part = 32, 64, 20_000, 2**16
+    monkeypatch.setattr(module, "LINEAR_PART_BYTES", part)
+    workspace.clear()
+    x = torch.randn(tokens, depth).to(dtype).requires_grad_()
+    y = dense_linear(x, torch.randn(vocabulary, depth).to(dtype))
+    torch.autograd.grad(y, x, torch.randn_like(y))
+    kept = sum(memory.nbytes for memory in workspace.of_this_thread().values())
+    assert kept <= 2 * part + 2 * tokens * depth * 4
+    workspace.clear()
 
 
 def test_checkpointed_gradient_is_the_plain_one_to_the_bit() -> None:

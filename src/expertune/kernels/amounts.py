@@ -41,6 +41,13 @@ _MIN_LOGIT_ROWS = 64
 # all of the vocabulary.
 LOGIT_TILE_BYTES = {"cpu": 7 * 2**20, "cuda": 256 * 2**20}
 
+# Of a linear of 16 bits on a CPU that multiplies no 16-bit floats: most bytes in float32 of its results, or of their
+# gradient, at once. What operators take turns in is kept, and an output head's logits of all tokens would be.
+LINEAR_PART_BYTES = 16 * 2**20
+
+# Of panels.h: what each thread multiplies 4-bit weights in, as float32 or as integers.
+PANEL_BYTES = (768 + 6 + 64) * 256 * 4
+
 # Of grouped_gemm16.c: tokens of an item, columns that are summed at once, contraction of a pass.
 _BFLOAT_ROWS, _BFLOAT_WIDE, _BFLOAT_PASS = 512, 256, 512
 

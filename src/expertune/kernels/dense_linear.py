@@ -7,19 +7,23 @@ what it does not take is converted to float32 some rows of W at a time.
 Shape suffixes: R tokens, K in_features, N out_features, n of these in a tile.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from expertune.kernels import native, workspace
-from expertune.kernels.linear import fused_product
+from expertune.kernels.amounts import LINEAR_PART_BYTES
 from expertune.kernels.operators import no_autocast
 
 HALVES = (torch.bfloat16, torch.float16)
 
 # Numbers of W that are converted at a time: they stay in the cache until they are multiplied.
 _TILE = 2**21
+
+# Parts of W have a multiple of so many rows.
+_EVEN = 64
 
 
 def dense_linear(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
@@ -45,9 +49,10 @@ def _product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     """x @ W.T, or x @ W, which is the former's input gradient."""
     with no_autocast(x):
         in_integers = weight.dtype == torch.bfloat16 and weight.stride(1) == 1 and weight.numel() > 0
-        if in_integers and native.available() and native.arithmetic(torch.bfloat16) == native.INTEGERS:
-            return fused_product(x, weight[None], _columns(weight, transposed), transposed)
-        return _in_tiles(x, weight, transposed)
+        in_integers = in_integers and native.available() and native.arithmetic(torch.bfloat16) == native.INTEGERS
+        most = LINEAR_PART_BYTES // (4 * max(len(x), 1))
+        parts = _parts(weight, most if in_integers else min(most, _TILE // max(weight.shape[1], 1)))
+        return (_forward if transposed else _input_gradient)(x, weight, parts, in_integers)
 
 
 @_product.register_fake
@@ -71,18 +76,42 @@ def _columns(weight_NK: Tensor, transposed: bool) -> int:
     return weight_NK.shape[0 if transposed else 1]
 
 
-def _in_tiles(x: Tensor, weight_NK: Tensor, transposed: bool) -> Tensor:
-    """By torch in float32; what is float32 takes turns in the same memory."""
-    out = workspace.take("linear_output", x.shape[0], _columns(weight_NK, transposed))
-    x32 = workspace.as_float(x, "linear_input")
-    if not transposed:
-        out.zero_()
-    step = max(_TILE // max(weight_NK.shape[1], 1), 1)
-    for start in range(0, len(weight_NK), step):
-        weight_nK = weight_NK[start : start + step].float()
-        part = slice(start, start + len(weight_nK))
-        if transposed:
-            torch.mm(x32, weight_nK.t(), out=out[:, part])
+def _parts(weight_NK: Tensor, most: int) -> Iterator[slice]:
+    """W's rows, about as many at a time."""
+    step = max(most // _EVEN * _EVEN, _EVEN)
+    return (slice(start, min(start + step, len(weight_NK))) for start in range(0, len(weight_NK), step))
+
+
+def _forward(x_RK: Tensor, weight_NK: Tensor, parts: Iterator[slice], in_integers: bool) -> Tensor:
+    """x @ W.T; what is float32 takes turns in the same memory."""
+    y_RN = x_RK.new_empty(len(x_RK), len(weight_NK))
+    x32 = workspace.as_float(x_RK, "linear_input")
+    for part in parts:
+        out = workspace.take("linear_output", len(x_RK), part.stop - part.start)
+        if in_integers:
+            _multiply_integers(x32, weight_NK[part], out, transposed=True)
         else:
-            out.addmm_(x32[:, part], weight_nK)
-    return out.to(x.dtype)
+            torch.mm(x32, weight_NK[part].float().t(), out=out)
+        y_RN[:, part] = out
+    return y_RN
+
+
+def _input_gradient(dy_RN: Tensor, weight_NK: Tensor, parts: Iterator[slice], in_integers: bool) -> Tensor:
+    """dy @ W; the sum over parts is float32."""
+    shape = len(dy_RN), weight_NK.shape[1]
+    total = workspace.take("linear_output", *shape).zero_()
+    for part in parts:
+        dy32 = workspace.as_float(dy_RN[:, part], "linear_input")
+        if not in_integers:
+            total.addmm_(dy32, weight_NK[part].float())
+            continue
+        is_whole = part.stop - part.start == len(weight_NK)
+        out = total if is_whole else workspace.take("linear_part", *shape)
+        _multiply_integers(dy32, weight_NK[part], out, transposed=False)
+        if not is_whole:
+            total += out
+    return total.to(dy_RN.dtype)
+
+
+def _multiply_integers(x32: Tensor, weight: Tensor, out: Tensor, transposed: bool) -> None:
+    native.grouped_gemm(x32, weight[None], torch.tensor([len(x32)]), out, transposed=transposed, dtype=torch.bfloat16)

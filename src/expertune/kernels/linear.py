@@ -113,23 +113,16 @@ def dequant_gemm_backward(dy_RN: Tensor, weight: Nf4Bytes) -> Tensor:
 
 def fused_forward(x_RK: Tensor, weight: Nf4Bytes) -> Tensor:
     """The GEMM in the native library, which dequantizes inside; sums in float32."""
-    return fused_product(x_RK, weight, weight.out_features, transposed=True)
+    return _fused_product(x_RK, weight, weight.out_features, transposed=True)
 
 
 def fused_backward(dy_RN: Tensor, weight: Nf4Bytes) -> Tensor:
     """dX in the native library."""
-    return fused_product(dy_RN, weight, weight.in_features, transposed=False)
+    return _fused_product(dy_RN, weight, weight.in_features, transposed=False)
 
 
-def fused_product(x: Tensor, weight: Nf4Bytes | Tensor, columns: int, transposed: bool) -> Tensor:
-    """x @ W.T or x @ W by the native library, of x's dtype; what is float32 in between takes turns in the same memory.
-
-    Args:
-        x: [R, K], or [R, N].
-        weight: one matrix, in 4 bits or dense [1, N, K].
-        columns: of the result.
-        transposed: x @ W.T.
-    """
+def _fused_product(x: Tensor, weight: Nf4Bytes, columns: int, transposed: bool) -> Tensor:
+    """x @ W.T or x @ W by the native library, of x's dtype; what float32 it takes besides has turns in one memory."""
     shape = x.shape[0], columns
     out = torch.empty(shape) if x.dtype == torch.float32 else workspace.take("linear_output", *shape)
     offsets = torch.tensor([x.shape[0]])
