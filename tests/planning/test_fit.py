@@ -13,7 +13,9 @@ from rich.console import Console
 
 from expertune.config import parse_config
 from expertune.errors import ConfigError, DoesNotFitError
-from expertune.planning import make_plan
+from expertune.kernels.amounts import scratch_bytes
+from expertune.kernels.processor import Processor
+from expertune.planning import layer_memory, make_plan
 from expertune.planning.devices import Machine
 from expertune.planning.table import _Changes
 
@@ -172,8 +174,36 @@ def test_what_layers_on_a_cpu_have_computed_in_is_counted_between_them(run_of):
     )
     for phase in ("loss", "update", "save"):
         assert large[phase]["workspace"] - small[phase]["workspace"] == 2**26
-    assert "workspace" not in small["layer"]
+    # While a layer computes its experts' is in the working set.
+    assert small["layer"].get("workspace", 0) == large["layer"].get("workspace", 0) < 2**26
     assert "workspace" not in memory_of(run_of(MIXTRAL, training=training)).phases["update"]
+
+
+def test_what_an_evaluation_on_a_cpu_has_computed_in_is_kept_by_the_steps_after_it(run_of):
+    data = {"train": "a.jsonl", "eval": "b.jsonl", "max_length": 320}
+    training = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 4}
+    memory = memory_of(run_of(MIXTRAL, data=data, training=training), "cpu")
+    alone = memory_of(run_of(MIXTRAL, training=training), "cpu")
+    assert memory.phases["save"]["workspace"] == memory.phases["evaluation"]["workspace"]
+    assert memory.phases["save"]["workspace"] > 2 * alone.phases["save"]["workspace"]
+
+
+@pytest.mark.parametrize(("instructions", "in_parts"), [(("avx2", "fma3"), True), (("avx2", "avx512_bf16"), False)])
+def test_linears_on_a_cpu_compute_in_float32_beside_tokens_of_16_bits(run_of, monkeypatch, instructions, in_parts):
+    monkeypatch.setattr(layer_memory, "processor", lambda: Processor(instructions, threads=1))
+
+    def workspace(dtype, **top):
+        training = {"per_device_train_batch_size": 16}
+        run = run_of(MIXTRAL, training=training, quantization={"compute_dtype": dtype}, **top)
+        return memory_of(run, "cpu").phases["save"]["workspace"]
+
+    tokens, hidden = 16 * 320, 4096
+    copies = (2 + 2) * tokens * hidden * 4  # of experts' tokens and their gradient, and of a linear's input and output
+    scratch = 0 if in_parts else scratch_bytes(tokens, 2 * 14336)
+    assert workspace("bfloat16") - workspace("float32") == copies + scratch
+    # Of a head that gives all logits no more than a part is there at once: of 655 MB, with what other parts have given.
+    beside = tokens * hidden * 4 if in_parts else 0
+    assert workspace("bfloat16", loss="full") - workspace("bfloat16") == beside
 
 
 def test_the_loss_of_an_adapted_head_holds_its_factor_and_gradient_in_float32(run_of):

@@ -7,6 +7,8 @@ from expertune.experts.spec import ExpertsSpec
 from expertune.kernels.amounts import (
     BFLOAT16,
     FLOAT32,
+    LINEAR_PART_BYTES,
+    PANEL_BYTES,
     TILE_BYTES,
     bytes_per_gained_token,
     bytes_per_routed_token,
@@ -93,14 +95,14 @@ def computing(w: Workload, layer: Layer) -> int:
     if w.targets.use_dora:
         dequantized += [_dora_of_linear(w, *layer.linears[name]) for name in w.targets.linears.keys() & layer.linears]
     # On a GPU dequantized experts are in the working set.
-    tile = max(TILE_BYTES["cpu"], _tokens_in_bfloat16(w, layer)) if w.device == "cpu" else 0
+    tile = max(TILE_BYTES["cpu"], _scratch_of_threads(w, layer)) if w.device == "cpu" else 0
     # Of factors that are put together for a layer, the gradient, and the sum of its halves.
     given = w.given_factor_bytes(layer) * 3 // 2
     return max(routed, around_linears, scores(w, 3 * w.sequence_length)) + max(tile, *dequantized, 0) + given
 
 
-def computes_in(w: Workload, layer: Layer) -> int:
-    """On a CPU: a chunk of routed tokens, tokens and their gradient in float32, and what GEMMs in bfloat16 lay out.
+def experts_compute_in(w: Workload, layer: Layer) -> int:
+    """On a CPU: a chunk of routed tokens, tokens and their gradient in float32, and what threads lay out for GEMMs.
 
     All of it is the fused route's, which makes no dropped inputs.
     """
@@ -108,17 +110,35 @@ def computes_in(w: Workload, layer: Layer) -> int:
         return 0
     routed = sum(_routed_at_once(w, spec, dropped=False) for spec in layer.experts.values())
     copied = 0 if w.compute_dtype == FLOAT32 else 2 * w.tokens * w.inventory.hidden_size * FLOAT32_BYTES
-    return routed + copied + _tokens_in_bfloat16(w, layer)
+    return routed + copied + _scratch_of_threads(w, layer)
 
 
-def _tokens_in_bfloat16(w: Workload, layer: Layer) -> int:
-    """An expert's tokens as a CPU's GEMMs in bfloat16 lay them out, by each thread; at most all at one expert."""
-    if w.compute_dtype != BFLOAT16:
+def linears_compute_in(w: Workload) -> int:
+    """On a CPU: what linears are given and give in float32 where tokens are of 16 bits.
+
+    The output head is among them where all logits are made on a CPU that multiplies no 16-bit floats: some of its
+    features at a time, and beside its input's gradient what the others have given.
+    """
+    if w.device != "cpu" or w.compute_dtype == FLOAT32:
         return 0
+    shapes = [shape for layer in w.inventory.layers for shape in layer.linears.values()]
+    each = w.tokens * max((size for shape in shapes for size in shape), default=0) * FLOAT32_BYTES
+    if not w.full_logits or processor().gemm_dtype(w.compute_dtype) != FLOAT32:
+        return 2 * each
+    hidden_states = w.tokens * w.inventory.hidden_size * FLOAT32_BYTES
+    part = min(LINEAR_PART_BYTES, w.tokens * w.inventory.vocab_size * FLOAT32_BYTES)
+    return 2 * max(each, hidden_states, part) + hidden_states
+
+
+def _scratch_of_threads(w: Workload, layer: Layer) -> int:
+    """Panels of each thread; and an expert's tokens as GEMMs in bfloat16 lay them out, at most all at one expert."""
+    here = processor()
+    if w.compute_dtype != BFLOAT16 or here.gemm_dtype(BFLOAT16) != BFLOAT16:
+        return here.threads * PANEL_BYTES
     contracted = [size for shape in layer.linears.values() for size in shape]
     for spec in layer.experts.values():
         contracted += [spec.hidden_size, (len(spec.projections) - 1) * spec.intermediate_size]
-    return processor().threads * scratch_bytes(w.tokens, max(contracted, default=0))
+    return here.threads * (PANEL_BYTES + scratch_bytes(w.tokens, max(contracted, default=0)))
 
 
 def _dora_of_linear(w: Workload, out_features: int, in_features: int) -> int:

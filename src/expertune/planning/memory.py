@@ -16,11 +16,12 @@ from expertune.experts.spec import ExpertsSpec
 from expertune.kernels.amounts import loss_working_set_bytes
 from expertune.planning.layer_memory import (
     FLOAT32_BYTES,
-    computes_in,
     computing,
+    experts_compute_in,
     gate_up,
     kept_by_experts,
     kept_by_layer,
+    linears_compute_in,
     scores,
 )
 from expertune.planning.placement import PlannedPlacement
@@ -102,12 +103,18 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
     training = always | {"optimizer": w.optimizer_bytes}
     if w.reference_bytes:
         training["reference"] = w.reference_bytes
-    between_layers = training | _workspace(w)
+    check = w.of_batch(w.preflight_tokens, full_logits=True, offload=False, accumulates=False, kept_layers=0)
+    evaluated = [w.of_batch(w.evaluation_tokens)] if w.evaluation_tokens else []
+    prompt, at_once = w.sequence_length - w.passes.written, w.passes.written_at_once
+    written = [w.of_batch(at_once * prompt, concatenates=False)] if w.passes.written else []
+    answered = [w.of_batch(w.answered * prompt, concatenates=False)] if w.answered else []
+    workspace = _workspace(w, check, *evaluated, *written, *answered)
+    between_layers = training | workspace
     phases = {
         # Beside it are the B factors as they were, about half of the adapter.
-        "preflight": always | {"copies": adapter // 2} | _preflight_phase(w),
+        "preflight": always | {"copies": adapter // 2} | _preflight_phase(check),
         "loss": between_layers | _loss_phase(w),
-        "layer": training | _layer_phase(w),
+        "layer": training | _beside_experts(workspace, w) | _layer_phase(w),
         "update": between_layers | {"gradients": adapter} | ({"updating": w.update_bytes} if w.update_bytes else {}),
         **({"average": between_layers | {"gradients": adapter, "bucket": w.bucket_bytes}} if w.bucket_bytes else {}),
         # Factors in the layout of the file, and the bytes that are written of them.
@@ -117,19 +124,14 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
         phases["initialization"] = always | {"matrix": w.matrix_bytes, "copies": 2 * adapter}
     if w.calibrates:
         phases["calibration"] = always | {"matrix": w.matrix_bytes, "evaluation": _forward(w)}
-    if w.evaluation_tokens:
-        batch = w.of_batch(w.evaluation_tokens)
-        phases["evaluation"] = training | _workspace(w, batch) | _evaluation_phase(batch)
-    prompt = w.sequence_length - w.passes.written
-    if w.passes.written:
-        at_once = w.passes.written_at_once
-        batch = w.of_batch(at_once * prompt, concatenates=False)
-        phases["writing"] = training | _workspace(w, batch) | _generation_phase(batch, at_once, w.passes.written)
-    elif w.passes.silent:
+    for batch in evaluated:
+        phases["evaluation"] = between_layers | _evaluation_phase(batch)
+    for batch in written:
+        phases["writing"] = between_layers | _generation_phase(batch, at_once, w.passes.written)
+    if w.passes.silent and not written:
         phases["reference"] = between_layers | _reference_phase(w)
-    if w.answered:
-        batch = w.of_batch(w.answered * prompt, concatenates=False)
-        phases["generation"] = training | _workspace(w, batch) | _generation_phase(batch, w.answered, w.answer_tokens)
+    for batch in answered:
+        phases["generation"] = between_layers | _generation_phase(batch, w.answered, w.answer_tokens)
     kept = _kept_by_allocator(w, phases, placement.offloads_to("disk"))
     phases = {phase: {**components, "allocator": kept[phase]} for phase, components in phases.items()}
     on_host = placement.offloaded_bytes if placement.offloads_to("host") else 0
@@ -139,14 +141,14 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
 # --- phases: what is held at once beside the model, the adapter and the optimizer's states ----------------------------
 
 
-def _preflight_phase(w: Workload) -> dict[str, int]:
+def _preflight_phase(check: Workload) -> dict[str, int]:
     """The check's own forward and backward, with all logits, beside the base model's logits.
 
     The forwards that are compared come to no more: at most two of them have their logits at once, before or after those
     with gradients, whose loss takes more than both.
     """
-    check = w.of_batch(w.preflight_tokens, full_logits=True, offload=False, accumulates=False, kept_layers=0)
-    phases = _workspace(check) | _loss_phase(check), _layer_phase(check)
+    workspace = _workspace(check)
+    phases = workspace | _loss_phase(check), _beside_experts(workspace, check) | _layer_phase(check)
     highest = max(phases, key=lambda components: sum(components.values()))
     return highest | {"logits": highest["logits"] + _logits(check)}
 
@@ -204,13 +206,21 @@ def _biases(spec: ExpertsSpec) -> int:
 
 
 def _workspace(*batches: Workload) -> dict[str, int]:
-    """What layers on a CPU have computed in, of the largest batch: it is kept (see `expertune.kernels.workspace`).
+    """What layers on a CPU have computed in, of any batch: it is kept (see `expertune.kernels.workspace`).
 
-    While a layer is in backward it is in the working set. Below `_MAPPED_BYTES` it lies on the C allocator's heap,
-    whose share was measured with it.
+    Below `_MAPPED_BYTES` it lies on the C allocator's heap, whose share was measured with it.
     """
-    kept = max(computes_in(w, layer) for w in batches for layer in w.inventory.layers)
+    kept = max(map(_experts_compute_in, batches)) + max(map(linears_compute_in, batches))
     return {"workspace": kept} if kept >= _MAPPED_BYTES else {}
+
+
+def _beside_experts(workspace: Mapping[str, int], w: Workload) -> dict[str, int]:
+    """What of that is not in the working set of a layer that computes."""
+    return {name: rest for name, num_bytes in workspace.items() if (rest := num_bytes - _experts_compute_in(w)) > 0}
+
+
+def _experts_compute_in(w: Workload) -> int:
+    return max(experts_compute_in(w, layer) for layer in w.inventory.layers)
 
 
 # --- components of the whole model ------------------------------------------------------------------------------------
@@ -301,7 +311,7 @@ def _forward(w: Workload) -> int:
 
 def _forward_in_workspace(w: Workload) -> int:
     """What that takes beside the workspace."""
-    return _forward(w) - sum(_workspace(w).values())
+    return _forward(w) - (_experts_compute_in(w) if _workspace(w) else 0)
 
 
 def _prefill(w: Workload) -> int:
