@@ -258,10 +258,11 @@ def test_answers_that_are_the_same_are_shown_once():
         (["--prompt", "a", "--column", "context"], "--column 'context': write it as NAME=TEXT"),
         (["--prompt", "a", "--column", "b=1", "--column", "b=2"], "--column b is given twice"),
         (["--prompt", "a", "--compare", "--base-only"], "leave out --base-only"),
-        (["--prompt-file", "gone.txt"], "--prompt-file gone.txt: no such file"),
-        (["--prompt-file", "empty.txt"], "empty.txt: the file is empty"),
-        (["--prompt-file", "latin1.txt"], "latin1.txt: row 1: not UTF-8: byte 0xe9 at byte offset 1"),
-        (["--prompt-file", "broken.jsonl"], "broken.jsonl: row 2: not valid JSON"),
+        (["--prompt-file", "gone.txt"], "--prompt-file: gone.txt: no such file"),
+        (["--prompt-file", "."], "--prompt-file: .: a folder; give a file in it"),
+        (["--prompt-file", "empty.txt"], "--prompt-file: empty.txt: the file is empty"),
+        (["--prompt-file", "latin1.txt"], "--prompt-file: latin1.txt: row 1: not UTF-8: byte 0xe9 at byte offset 1"),
+        (["--prompt-file", "broken.jsonl"], "--prompt-file: broken.jsonl: row 2: not valid JSON"),
     ],
 )
 def test_bad_input_is_one_error_before_anything_is_loaded(run, run_dir, api, tmp_path, arguments, message):

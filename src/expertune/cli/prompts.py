@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from expertune.errors import ConfigError, DataError
+from expertune.errors import ConfigError, DataError, naming
 from expertune.generation.sampling import Sampling
 from expertune.terminal import note
 
@@ -89,7 +89,8 @@ def read_prompts(prompt: str | None, file: str | None) -> Prompts:
         DataError: a file cannot be read, is empty or is not UTF-8, or one of its lines is no prompt.
     """
     if file is not None:
-        return _read_file(file)
+        with naming("--prompt-file", DataError):
+            return _read_file(file)
     if prompt is None:
         return Prompts([{}])
     if prompt != STDIN:
@@ -129,7 +130,7 @@ def _read_file(name: str) -> Prompts:
     text = READERS[".txt"]
     path = Path(name)
     if name != STDIN and (not path.exists() or path.is_dir()):
-        raise DataError(f"--prompt-file {name}: no such file")
+        raise DataError(f"{name}: {'a folder; give a file in it' if path.is_dir() else 'no such file'}")
     if name == STDIN or not path.is_file():
         content, label = (_stdin(), "stdin") if name == STDIN else (path.read_bytes(), name)
         file: RawFile = Piped(Path(label), label, content)
