@@ -393,5 +393,5 @@ def test_run_says_before_it_loads_the_model_that_a_tied_head_is_not_merged_as_it
 def test_run_without_evaluation_rows_cannot_be_evaluated(run_values: dict[str, Any], rows_file: Path) -> None:
     training = run_values["training"] | {"max_steps": 1, "eval_strategy": "no"}
     values = run_values | {"data": {"train": str(rows_file)}, "training": training}
-    with pytest.raises(ConfigError, match=r"no data\.eval examples"):
+    with pytest.raises(ConfigError, match=r"no data\.eval, and so no examples"):
         expertune.evaluate(expertune.finetune(parse_config(values)).output_dir)
