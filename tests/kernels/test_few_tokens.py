@@ -77,6 +77,25 @@ def test_linear_of_few_tokens_is_the_plain_one_up_to_rounding(dtype: torch.dtype
     assert off_by(y, x.float() @ weight.dequantize(0, torch.float32).t()) < ROUNDED[dtype]
 
 
+@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_last_block_of_a_long_row_counts_as_exactly_as_others(kind: str, fine: bool) -> None:
+    weight, x, y = stack_of(1, 9, 8256, kind), torch.zeros(1, 8256), torch.empty(1, 9)
+    x[:, -64:] = torch.randn(64)
+    gemv([Product(weight.bytes, x, y)], 1, fine=fine)
+    w = weight.dequantize(0, torch.float32).double()
+    assert ((y - x.double() @ w.t()).abs() < (FINE if fine else CLOSE) * (x.double().abs() @ w.abs().t())).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_output_in_16_bits_is_that_in_float32_rounded_once(dtype: torch.dtype) -> None:
+    weight, x = stack_of(1, 72, 320), torch.randn(3, 320).to(dtype)
+    outs = torch.empty(3, 72), torch.empty(3, 72, dtype=dtype)
+    for y in outs:
+        gemv([Product(weight.bytes, x, y)], 3)
+    assert torch.equal(outs[1], outs[0].to(dtype))
+
+
 def run_few(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, int]:
     """What the layer gives while an answer is written, and how often few tokens' way was taken."""
     calls: list[Any] = []
@@ -170,6 +189,16 @@ def test_largest_sums_that_are_possible_do_not_overflow(kind: str, codes: tuple[
             y = torch.empty_like(expected[some], dtype=torch.float32)
             gemv([Product(weight.bytes, x[some], y)], len(y), fine=fine)
             assert ((y - expected[some]).abs() < (2**-19 if fine else 2**-14) * most[some]).all()
+
+
+@pytest.mark.parametrize("fine", [False, True])
+def test_zeros_give_zeros_and_numbers_too_small_to_scale_vanish(fine: bool) -> None:
+    weight, x, y = stack_of(1, 8, 192), torch.zeros(3, 192), torch.full((3, 8), float("nan"))
+    x[1] = 1e-40  # below the least normal float32
+    x[2, :64], x[2, 64:] = 1e-36, torch.randn(128)
+    gemv([Product(weight.bytes, x, y)], 3, fine=fine)
+    assert not y[:2].any()
+    assert off_by(y[2], x[2] @ weight.dequantize(0, torch.float32).t()) < CLOSE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
