@@ -79,7 +79,10 @@ def test_data_shows_what_a_run_would_train_on_and_starts_nothing(run, toy_run, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "run.yaml"]
 
 
-def test_init_writes_a_run_file_shows_an_example_and_overwrites_nothing(run, toy_run, tmp_path):
+@pytest.mark.parametrize("columns", [None, "0"])
+def test_init_writes_a_run_file_shows_an_example_and_overwrites_nothing(run, toy_run, tmp_path, monkeypatch, columns):
+    if columns is not None:  # of a terminal that does not know them
+        monkeypatch.setenv("COLUMNS", columns)
     model = str(Path(expertune.__file__).parent / "assets" / "tiny-mixtral")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Who?", "completion": "Nobody."}\n' * 4)
     code, out, err = run("init", model, "rows.jsonl", "--out", "new.yaml", "lora.r=4")

@@ -70,6 +70,8 @@ def main() -> None:
         SystemExit: always, with the exit code.
     """
     prepare_threads()  # before the command imports torch
+    if os.environ.get("COLUMNS", "").strip("0 ") == "":
+        os.environ.pop("COLUMNS", None)  # a terminal that does not know its width: rich would print nothing
     try:
         try:
             app(prog_name="expertune")

@@ -87,7 +87,7 @@ def _so_far(seconds: float) -> str:
 
 def folds(console: Console) -> bool:
     """Whether lines break where a console ends: on a terminal, and where COLUMNS says how wide its reader's is."""
-    return console.is_terminal or bool(os.environ.get("COLUMNS"))
+    return console.width > 0 and (console.is_terminal or os.environ.get("COLUMNS", "").isdigit())
 
 
 class Bars:
