@@ -11,7 +11,7 @@
 #define CHUNK 8           /* blocks of a row that are dequantized for several tokens, and of which scales are computed */
 #define ROWS 16           /* rows whose sums stay in the first-level cache meanwhile */
 #define CHUNK_BYTES (CHUNK * BLOCK_BYTES)
-#define STRETCH 128       /* blocks of a row whose factors are computed before their products; a multiple of CHUNK */
+#define STRETCH 128       /* blocks of a row, at most, whose factors are computed before their products; a multiple of CHUNK */
 
 /* The values of a codebook by their codes: bytes of the integer, and what its rounding left. */
 typedef struct {
@@ -54,51 +54,48 @@ INLINE Weights weights_of(int fine, const Values *v, __m256i packed)
     return w;
 }
 
-/* Scales of up to 8 blocks of a matrix from number `at` on, of MXFP4 two to a block, by way of memory: `fetch_scales`
-   writes what `scales_of` reads. A vector that is loaded from what was just stored in parts waits until all of it has
-   been written, so that other work has to lie between them. */
-INLINE void fetch_scales(int kind, const Matrix *m, int64_t at, int64_t blocks, float *to)
+/* Copies what the code of a block's scale stands for. */
+INLINE void fetch(const float *codebook, const uint8_t *code, float *to)
 {
-    if (kind == PLAIN_ABSMAX)
-        return;
-    if (kind == HALVES)
-        for (int64_t i = 0; i < 2 * blocks; i++)
-            to[i] = power_of_two(m->codes[2 * at + i]);
-    else if (blocks == CHUNK && at % CHUNK == 0)
-        for (int i = 0; i < CHUNK; i++) {
-            int32_t bits;   /* in a register that the products do not need */
-            memcpy(&bits, m->codebook + m->codes[at + i], sizeof bits);
-            __asm__("" : "+r"(bits));
-            memcpy(to + i, &bits, sizeof bits);
-        }
-    else
-        for (int64_t i = 0; i < blocks; i++)
-            to[i] = scale_in(m, kind, at + i, 0);
+    int32_t bits;   /* in a register that the products do not need */
+    memcpy(&bits, codebook + *code, sizeof bits);
+    __asm__("" : "+r"(bits));
+    memcpy(to, &bits, sizeof bits);
 }
 
-/* Zeros behind the last block's. */
+/* The same of blocks from number `at` of a matrix on; nothing where scales are held otherwise. What is written in parts
+   waits until all of it is in the cache when it is read as a vector, so that other work has to lie between. */
+INLINE void fetch_codes(int kind, const Matrix *m, int64_t at, int64_t blocks, float *to)
+{
+    for (int64_t i = 0; kind == DOUBLE_QUANTIZED && i < blocks; i++)
+        fetch(m->codebook, m->codes + at + i, to + i);
+}
+
+/* 2 ** (exponent - 127) of eight exponents; see `power_of_two`. */
+INLINE __m256 powers_of_two(const uint8_t *exponents)
+{
+    const __m256i e = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)exponents));
+    const __m256i least = _mm256_and_si256(_mm256_cmpeq_epi32(e, _mm256_setzero_si256()), _mm256_set1_epi32(0x00400000));
+    return _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(e, 23), least));
+}
+
+/* Scales of up to 8 blocks of a matrix from number `at` on, of MXFP4 two to a block; zeros behind the last block's.
+   `fetched` is what their codes stand for. */
 INLINE void scales_of(int kind, const Matrix *m, int64_t at, int64_t blocks, const float *fetched, __m256 to[2])
 {
-    if (kind == PLAIN_ABSMAX && blocks == CHUNK) {
+    if (blocks == CHUNK && kind == PLAIN_ABSMAX)
         to[0] = _mm256_loadu_ps(m->absmax + at);
-        return;
+    else if (blocks == CHUNK && kind == HALVES)
+        to[0] = powers_of_two(m->codes + 2 * at), to[1] = powers_of_two(m->codes + 2 * at + CHUNK);
+    else if (blocks == CHUNK && at % CHUNK == 0) {
+        const __m256 outer = _mm256_broadcast_ss(m->nested + (uint64_t)at / NESTED_BLOCK);
+        to[0] = _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(fetched), outer), _mm256_broadcast_ss(&m->offset));
+    } else {
+        float own[2 * CHUNK] = {0};
+        for (int64_t i = 0; i < (kind == HALVES ? 2 * blocks : blocks); i++)
+            own[i] = kind == HALVES ? power_of_two(m->codes[2 * at + i]) : scale_in(m, kind, at + i, 0);
+        to[0] = _mm256_loadu_ps(own), to[1] = _mm256_loadu_ps(own + CHUNK);
     }
-    if (blocks == CHUNK && (kind == HALVES || at % CHUNK == 0)) {
-        to[0] = _mm256_loadu_ps(fetched);
-        if (kind == HALVES)
-            to[1] = _mm256_loadu_ps(fetched + CHUNK);
-        else {
-            const __m256 outer = _mm256_broadcast_ss(m->nested + at / NESTED_BLOCK);
-            to[0] = _mm256_add_ps(_mm256_mul_ps(to[0], outer), _mm256_broadcast_ss(&m->offset));
-        }
-        return;
-    }
-    float own[2 * CHUNK] = {0};
-    for (int64_t i = 0; i < (kind == HALVES ? 2 * blocks : blocks); i++)
-        own[i] = kind == PLAIN_ABSMAX ? m->absmax[at + i] : fetched[i];
-    to[0] = _mm256_loadu_ps(own);
-    if (kind == HALVES)
-        to[1] = _mm256_loadu_ps(own + CHUNK);
 }
 
 /* Scales of a chunk's products with a token, and with `corrections` what they add to a sum. */
@@ -237,85 +234,111 @@ INLINE __m256 multiply_block(
     return _mm256_fmadd_ps(total, factor_at(kind, factors, n), sum);
 }
 
-/* Factors of up to STRETCH blocks of a row; returns what `corrections` add. Scales are fetched for all of them before any is
-   multiplied with, so that nothing waits for them. */
+/* Factors of up to STRETCH blocks of a row, from number `block` of the matrix and `at` of the token on; returns what
+   `corrections` add. */
 INLINE __m256 factors_of_stretch(
-    int fine, int kind, const Matrix *m, int64_t block, int64_t blocks, const QuantizedToken *x, int64_t at, float *to)
+    int fine, int kind, const Matrix *m, int64_t block, int64_t blocks, const float *fetched, const QuantizedToken *x,
+    int64_t at, float *to)
 {
-    float fetched[2 * STRETCH];
-    const int per_block = kind == HALVES ? 2 : 1;
     __m256 added = _mm256_setzero_ps();
-    ONE_BY_ONE
-    for (int64_t n = 0; n < blocks; n += CHUNK)
-        fetch_scales(kind, m, block + n, blocks - n < CHUNK ? blocks - n : CHUNK, fetched + n * per_block);
     ONE_BY_ONE
     for (int64_t n = 0; n < blocks; n += CHUNK) {
         __m256 own[2];
-        scales_of(kind, m, block + n, blocks - n < CHUNK ? blocks - n : CHUNK, fetched + n * per_block, own);
-        added = _mm256_add_ps(added, factors_of(fine, kind, own, x, at + n, to + n * per_block));
+        scales_of(kind, m, block + n, blocks - n < CHUNK ? blocks - n : CHUNK, fetched + n, own);
+        added = _mm256_add_ps(added, factors_of(fine, kind, own, x, at + n, to + n * (kind == HALVES ? 2 : 1)));
     }
     return added;
 }
 
-/* A stretch's factors are computed while the products of the one before are still under way. */
-INLINE __m256 dot_of(int fine, int kind, const Matrix *m, const Values *values, int64_t row, int64_t blocks,
-                     const QuantizedToken *x)
+/* A stretch of a row, and what of the next one is fetched meanwhile. */
+typedef struct {
+    const uint8_t *from, *codes;   /* of W; of the next stretch's scales */
+    const float *factors, *codebook;
+    float *fetched;
+    int64_t blocks, next;          /* how many; how many the next one has, at least as many */
+} Stretch;
+
+/* A stretch's products. Between two of them there is nothing that waits, and a chunk has no conditions. */
+INLINE __m256 stretch_of(
+    int fine, int kind, const Values *values, const Stretch *s, const int16_t *numbers, const int8_t *bytes, __m256 sum)
 {
     const Values v = *values;
-    __m256 sum = _mm256_setzero_ps();
-    for (int64_t start = 0; start < blocks; start += STRETCH) {
-        float factors[2 * STRETCH];
-        const int64_t block = row * blocks + start, here = blocks - start < STRETCH ? blocks - start : STRETCH;
-        const __m256 added = factors_of_stretch(fine, kind, m, block, here, x, start, factors);
-        if (fine)
-            sum = _mm256_add_ps(sum, added);
-        const uint8_t *from = m->packed + block * BLOCK_BYTES;
-        const int16_t *numbers = x->numbers + start * BLOCK;
-        const int8_t *bytes = x->bytes + 2 * start * BLOCK;
-        int64_t n = 0;
-        ONE_BY_ONE
-        for (; n + CHUNK <= here; n += CHUNK) {
-            _Pragma("GCC unroll 8")
-            for (int i = 0; i < CHUNK; i++)
-                sum = multiply_block(fine, kind, &v, from, numbers, bytes, factors + n * (kind == HALVES ? 2 : 1), i, sum);
-            from += CHUNK_BYTES, numbers += CHUNK * BLOCK, bytes += 2 * CHUNK * BLOCK;
+    const uint8_t *from = s->from, *codes = s->codes;
+    const float *factors = s->factors, *codebook = s->codebook;
+    float *fetched = s->fetched;
+    const int64_t blocks = s->blocks, per_block = kind == HALVES ? 2 : 1;
+    int64_t n = 0;
+    ONE_BY_ONE
+    for (; n + CHUNK <= blocks; n += CHUNK) {
+        _Pragma("GCC unroll 8")
+        for (int i = 0; i < CHUNK; i++) {
+            if (kind == DOUBLE_QUANTIZED)
+                fetch(codebook, codes + i, fetched + i);
+            sum = multiply_block(fine, kind, &v, from, numbers, bytes, factors, i, sum);
         }
-        const float *last = factors + n * (kind == HALVES ? 2 : 1);
-        ONE_BY_ONE
-        for (int64_t i = 0; i < here - n; i++)
-            sum = multiply_block(fine, kind, &v, from, numbers, bytes, last, i, sum);
+        from += CHUNK_BYTES, numbers += CHUNK * BLOCK, bytes += 2 * CHUNK * BLOCK;
+        factors += CHUNK * per_block, codes += CHUNK, fetched += CHUNK;
     }
+    ONE_BY_ONE
+    for (int64_t i = 0; i < blocks - n; i++)
+        sum = multiply_block(fine, kind, &v, from, numbers, bytes, factors, i, sum);
+    for (int64_t i = 0; kind == DOUBLE_QUANTIZED && i < s->next - n; i++)
+        fetch(codebook, codes + i, fetched + i);
     return sum;
 }
 
-#define DOT(name, fine, kind) \
+#define STRETCH_OF(name, fine, kind) \
     static __attribute__((noinline)) __m256 name( \
-        const Matrix *m, const Values *values, int64_t row, int64_t blocks, const QuantizedToken *x) \
+        const Values *values, const Stretch *s, const int16_t *numbers, const int8_t *bytes, __m256 sum) \
     { \
-        return dot_of(fine, kind, m, values, row, blocks, x); \
+        return stretch_of(fine, kind, values, s, numbers, bytes, sum); \
     }
 
-DOT(dot_double_quantized, 0, DOUBLE_QUANTIZED)
-DOT(dot_plain_absmax, 0, PLAIN_ABSMAX)
-DOT(dot_halves, 0, HALVES)
-DOT(dot_fine_double_quantized, 1, DOUBLE_QUANTIZED)
-DOT(dot_fine_plain_absmax, 1, PLAIN_ABSMAX)
-DOT(dot_fine_halves, 1, HALVES)
+STRETCH_OF(double_quantized, 0, DOUBLE_QUANTIZED)
+STRETCH_OF(plain_absmax, 0, PLAIN_ABSMAX)
+STRETCH_OF(halves, 0, HALVES)
+STRETCH_OF(fine_double_quantized, 1, DOUBLE_QUANTIZED)
+STRETCH_OF(fine_plain_absmax, 1, PLAIN_ABSMAX)
+STRETCH_OF(fine_halves, 1, HALVES)
 
-typedef __m256 Dot(const Matrix *m, const Values *values, int64_t row, int64_t blocks, const QuantizedToken *x);
+typedef __m256 StretchOf(
+    const Values *values, const Stretch *s, const int16_t *numbers, const int8_t *bytes, __m256 sum);
 
-static Dot *const dot_in[2][3] = {
-    {dot_double_quantized, dot_plain_absmax, dot_halves},
-    {dot_fine_double_quantized, dot_fine_plain_absmax, dot_fine_halves}};
+static StretchOf *const stretch_in[2][3] = {
+    {double_quantized, plain_absmax, halves}, {fine_double_quantized, fine_plain_absmax, fine_halves}};
 
-static void dots_of_one(
-    Dot *dot, const Gemv *g, const Matrix *m, const Values *values, int64_t first, int64_t count, const QuantizedToken *x,
-    float *out)
+/* Rows in stretches of equal length, as far as that goes. The codes of a stretch's scales are fetched a stretch ahead; what
+   is fetched during the last one, or before a shorter one, is of no use. */
+INLINE void dots_of_one(
+    int fine, int kind, const Matrix *m, const Values *values, int64_t first, int64_t count, int64_t blocks,
+    const QuantizedToken *x, float *out)
 {
+    const int64_t most = up_to((blocks - 1) / ((blocks + STRETCH - 1) / STRETCH) + 1, CHUNK);
+    const int64_t longest = blocks < most ? blocks : most;
+    float fetched[2][STRETCH], factors[2 * STRETCH];
+    int now = 0;
+    fetch_codes(kind, m, first * blocks, longest, fetched[0]);
     for (int64_t j = 0; j < count; j += 8) {
         __m256 sums[8];
-        for (int64_t i = 0; i < 8; i++)
-            sums[i] = j + i < count ? dot(m, values, first + j + i, g->w->columns / BLOCK, x) : _mm256_setzero_ps();
+        for (int64_t i = 0; i < 8; i++) {
+            sums[i] = _mm256_setzero_ps();
+            for (int64_t start = 0, here; j + i < count && start < blocks; start += here, now = !now) {
+                const int64_t block = (first + j + i) * blocks + start, left = blocks - start;
+                here = left < longest ? left : longest;
+                const int64_t after = left > here ? left - here : j + i + 1 < count ? longest : 0;
+                const int64_t next = after < longest ? after : longest;
+                const int enough = next >= here;
+                const __m256 added = factors_of_stretch(fine, kind, m, block, here, fetched[now], x, start, factors);
+                const Stretch s = {
+                    m->packed + block * BLOCK_BYTES, m->codes + block + (enough ? here : 0), factors, m->codebook,
+                    fetched[!now], here, enough ? next : here};
+                sums[i] = stretch_in[fine][kind](
+                    values, &s, x->numbers + start * BLOCK, x->bytes + 2 * start * BLOCK,
+                    fine ? _mm256_add_ps(sums[i], added) : sums[i]);
+                if (!enough)
+                    fetch_codes(kind, m, block + here, next, fetched[!now]);
+            }
+        }
         _mm256_storeu_ps(out + j, totals_of(sums));
     }
 }
@@ -408,8 +431,8 @@ INLINE void pack_panel(int fine, int kind, const Matrix *m, const Values *values
         _mm_prefetch((const char *)from + CHUNK_BYTES + ahead, _MM_HINT_T0);
     const Values v = *values;
     Weights *weights = to->weights;
-    float fetched[2 * CHUNK];
-    fetch_scales(kind, m, block, here, fetched);
+    float fetched[CHUNK] = {0};
+    fetch_codes(kind, m, block, here, fetched);
     ONE_BY_ONE
     for (int64_t n = 0; n < here; n++) {
         const Weights w = weights_of(fine, &v, load(from, n));
@@ -468,7 +491,13 @@ static void dots_of(
     const Matrix m = matrix_of(g->w, kind, matrix);
     const Values values = values_of(table);
     if (num_x == 1) {
-        dots_of_one(dot_in[fine][kind], g, &m, &values, first, count, x, out);
+        const int64_t blocks = g->w->columns / BLOCK;
+        if (kind == DOUBLE_QUANTIZED)
+            dots_of_one(fine, DOUBLE_QUANTIZED, &m, &values, first, count, blocks, x, out);
+        else if (kind == PLAIN_ABSMAX)
+            dots_of_one(fine, PLAIN_ABSMAX, &m, &values, first, count, blocks, x, out);
+        else
+            dots_of_one(fine, HALVES, &m, &values, first, count, blocks, x, out);
         return;
     }
     for (int64_t j = 0; j < count; j += ROWS) {
