@@ -45,13 +45,14 @@ def test_the_head_multiplies_a_batchs_last_positions_in_one_product(model, base,
 @pytest.mark.skipif(not native.available(), reason="the native library could not be built here")
 def test_answers_alone_take_the_arithmetic_of_few_tokens(tokenizer, prompts, monkeypatch):
     model = load_model(TINY, QuantizationConfig(), torch.bfloat16, "cpu").model
-    calls, forward = [], few_tokens.forward
-    monkeypatch.setattr(few_tokens, "forward", lambda *given: calls.append(given) or forward(*given))
+    calls, lay_out = [], few_tokens.Experts
+    monkeypatch.setattr(few_tokens, "Experts", lambda *given: calls.append(given) or lay_out(*given))
     with torch.no_grad():
         model(torch.tensor([[1]]))  # as a reference's log-probabilities are taken
     assert not calls
-    complete(model, tokenizer, prompts[:1], max_new_tokens=2)
-    assert calls
+    complete(model, tokenizer, prompts[:1], max_new_tokens=5)
+    # Once for the prompt and once for all tokens after it.
+    assert len(calls) == 2 * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("pad", [None, "</s>"])

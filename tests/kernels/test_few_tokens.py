@@ -9,8 +9,7 @@ from torch import Tensor
 
 from expertune.kernels import native, workspace
 from expertune.kernels.expert_mlp import Activation, expert_mlp, few_tokens, operator, reference
-from expertune.kernels.few_tokens import FEW, FEW_BY_AVX2, answering, dense, few, once, serves, serves_dense
-from expertune.kernels.linear import nf4_linear
+from expertune.kernels.few_tokens import FEW, FEW_BY_AVX2, Linear, answering, dense, few, once, serves, serves_dense
 from expertune.kernels.native.gemv import MOST_DENSE, MOST_ROUTED, Product, dense_gemv, gemv
 from expertune.kernels.nf4 import Nf4Stack
 from expertune.kernels.routes import KernelSettings
@@ -71,8 +70,10 @@ def test_product_is_that_of_plain_arithmetic(
 def test_linear_of_few_tokens_is_the_plain_one_up_to_rounding(dtype: torch.dtype) -> None:
     weight, settings = stack_of(1, 72, 320), KernelSettings(name="few tokens")
     x = torch.randn(FEW, 640).to(dtype)[:, :320]
+    linear = Linear(weight.bytes, dtype, settings)
     with torch.inference_mode(), answering():
-        y = nf4_linear(x, weight.bytes, settings)
+        assert linear.takes(x)
+        y = linear(x)
     assert (y.dtype, settings.ran) == (dtype, {"fused": 1})
     assert off_by(y, x.float() @ weight.dequantize(0, torch.float32).t()) < ROUNDED[dtype]
 

@@ -229,7 +229,9 @@ class ExpertsLora(nn.Module, LoraLayer):
         if adapter_names is not None:
             return self._mixed(hidden_TD, top_k_index_TK, top_k_weights_TK, adapter_names)
         active = [] if self.disable_adapters else self.active_adapters
-        return self._with(active, hidden_TD, top_k_index_TK, top_k_weights_TK)
+        tokens = hidden_TD, top_k_index_TK.long(), top_k_weights_TK
+        answered = self.base_layer.answer((self, *active), *tokens, lambda: self._given_by(active))
+        return self._with(active, *tokens) if answered is None else answered
 
     def _mixed(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, adapter_names: Sequence[str]) -> Tensor:
         length, rest = divmod(hidden_TD.shape[0], len(adapter_names))
@@ -247,8 +249,11 @@ class ExpertsLora(nn.Module, LoraLayer):
 
     def _with(self, names: Sequence[str], hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts with the adapters of these names, as far as this layer has them."""
-        updates = self._updates([name for name in names if name in self.lora_A])
-        return self.base_layer(hidden_TD, index_TK, weights_TK, list(self._scaled(updates).values()))
+        return self.base_layer(hidden_TD, index_TK, weights_TK, self._given_by(names))
+
+    def _given_by(self, names: Sequence[str]) -> list[LoraUpdate]:
+        """The updates that adapters of these names give, as far as this layer has them."""
+        return list(self._scaled(self._updates([name for name in names if name in self.lora_A])).values())
 
     def _updates(self, active: Sequence[str]) -> dict[Stack, LoraUpdate]:
         """The updates of adapters, without DoRA's gains."""

@@ -3,7 +3,7 @@
 Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, E experts, r rank.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,9 +15,11 @@ from expertune.distributed.sharded import ExpertSharding, Sharing
 from expertune.experts import layout, replay
 from expertune.experts.contract import ExpertsSpec, read_spec
 from expertune.experts.dispatch import Dispatch, Routing
-from expertune.kernels.expert_mlp import Activation, ExpertLayer, LoraUpdate, expert_mlp
+from expertune.kernels.expert_mlp import Activation, Chunk, ExpertLayer, LoraUpdate, expert_mlp, of_answer
+from expertune.kernels.expert_mlp.few_tokens import Experts
+from expertune.kernels.few_tokens import asked_for, in_answer
 from expertune.kernels.nf4 import Fit, Nf4Stack, Part, Scheme
-from expertune.kernels.routes import HasKernelSettings, KernelSettings
+from expertune.kernels.routes import FUSED, HasKernelSettings, KernelSettings
 
 
 class Nf4Experts(nn.Module, HasKernelSettings):
@@ -175,14 +177,43 @@ class Nf4Experts(nn.Module, HasKernelSettings):
         Returns:
             [T, D] of hidden's dtype.
         """
+        tokens = hidden_TD, top_k_index_TK.long(), top_k_weights_TK
+        if not updates and (answered := self.answer(self, *tokens)) is not None:
+            return answered
         if self.passed_by:
             # Weights that sum up to one have a sum without a gradient: each counts otherwise, so that theirs is seen.
             shares_K = torch.arange(1, top_k_weights_TK.shape[1] + 1, device=top_k_weights_TK.device).reciprocal()
             return hidden_TD * (top_k_weights_TK * shares_K).sum(dim=1, keepdim=True).to(hidden_TD.dtype)
-        tokens = hidden_TD, top_k_index_TK.long(), top_k_weights_TK
         if self.parallel is None:
             return replay.run(partial(self._compute, *tokens, updates))[0]
         return replay.run(partial(self._compute_on_all_ranks, self.parallel, *tokens, updates))[0]
+
+    def answer(
+        self,
+        owner: Hashable,
+        hidden_TD: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
+        updates: Callable[[], Sequence[LoraUpdate]] = list,
+    ) -> Tensor | None:
+        """The layer for few tokens of an answer that is being written; None where `forward` has to compute it.
+
+        Args:
+            owner: of the updates, which are asked for once an answer.
+            hidden_TD, index_TK, weights_TK, updates: see `forward`.
+        """
+
+        def lay_out() -> Experts | None:
+            if self.parallel or self.sharding or self.passed_by:
+                return None
+            return of_answer(tokens, self.gate_up, self.down, self.layer, updates(), self.biases)
+
+        tokens = Chunk(hidden_TD, index_TK, weights_TK)
+        experts = in_answer((owner, index_TK.shape, hidden_TD.dtype), lay_out)
+        if experts is None or not asked_for(self.layer.settings):
+            return None
+        self.layer.settings.ran[FUSED] += 1
+        return experts(hidden_TD, index_TK, weights_TK)
 
     def _compute_on_all_ranks(
         self,

@@ -21,6 +21,7 @@ from expertune.distributed.mesh import Ranks
 from expertune.errors import ConfigError, DataError
 from expertune.experts.lora import norms_looked_at_once
 from expertune.experts.module import in_lockstep
+from expertune.generation.norms import norms_in_one_call
 from expertune.generation.sampling import Sampling
 from expertune.kernels import few_tokens
 from expertune.kernels.few_tokens import answering
@@ -197,6 +198,7 @@ def generate_ids(
         answering(),
         _own_generation_config_aside(base),
         _head_in_one_product(base),
+        norms_in_one_call(base),
         _passes_begun_together(base, ranks, idle=pad),
     ):
         output = base.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, **generate_arguments)

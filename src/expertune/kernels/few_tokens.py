@@ -13,14 +13,14 @@ Shape suffixes: R tokens, K in_features, N out_features.
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from expertune.kernels import native
 from expertune.kernels.cpu import cpu_instruction_sets, gemm_dtype
-from expertune.kernels.native.gemv import MOST_DENSE, MOST_ROUTED, LinearGemv, dense_gemv
+from expertune.kernels.native.gemv import MOST_DENSE, MOST_ROUTED, Gemvs, Product, dense_gemv
 from expertune.kernels.nf4 import Nf4Bytes
 from expertune.kernels.routes import FUSED, KernelSettings
 
@@ -53,9 +53,14 @@ def answering() -> Iterator[None]:
 
 def once(owner: Hashable, make: Callable[[], _Made]) -> _Made:
     """What `make` gives; while an answer is written it is made once for each owner: of weights that stay in place."""
+    return make() if _made.get() is None else cast(_Made, in_answer(owner, make))
+
+
+def in_answer(owner: Hashable, make: Callable[[], _Made]) -> _Made | None:
+    """What `make` gives, made once for each owner while an answer is written; None where none is."""
     made = _made.get()
     if made is None:
-        return make()
+        return None
     if owner not in made:
         made[owner] = make()
     found: _Made = made[owner]
@@ -78,24 +83,58 @@ def serves(x: Tensor, routed: int, matrices: int, settings: KernelSettings) -> b
         settings: leave the choice, or ask for the fused route.
     """
     return (
-        not torch.compiler.is_compiling()
-        and _made.get() is not None
+        _made.get() is not None
         and x.device.type == "cpu"
         and x.dtype in _DTYPES
         and 0 < routed <= min(few(x.dtype) * matrices, MOST_ROUTED)
-        and not torch.is_grad_enabled()
-        and settings.route in ("auto", FUSED)
+        and asked_for(settings)
         and native.available()
     )
 
 
-def linear(x_RK: Tensor, weight: Nf4Bytes, settings: KernelSettings) -> Tensor:
-    """x @ W.T of one matrix, [R, N] of x's dtype."""
-    settings.ran[FUSED] += 1
-    y_RN = x_RK.new_empty(x_RK.shape[0], weight.out_features)
-    x_RK = x_RK if x_RK.stride(1) == 1 else x_RK.contiguous()
-    once(weight.packed, lambda: LinearGemv(weight))(x_RK, y_RN)
-    return y_RN
+def asked_for(settings: KernelSettings) -> bool:
+    """Whether settings and torch's modes leave few tokens to this."""
+    return settings.route in ("auto", FUSED) and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+class Linear:
+    """x @ W.T of one 4-bit matrix while an answer is written, [..., K] -> [..., N] of x's dtype.
+
+    Args:
+        weight: one matrix; its buffers stay in place.
+        dtype: of tokens.
+        settings: leave the choice of a route, or ask for the fused one, where it `takes` any.
+    """
+
+    def __init__(self, weight: Nf4Bytes, dtype: torch.dtype, settings: KernelSettings) -> None:
+        self._columns, self._rows, self._dtype, self._settings = (
+            weight.in_features,
+            weight.out_features,
+            dtype,
+            settings,
+        )
+        some = torch.empty(1, self._columns, dtype=dtype), torch.empty(1, self._rows, dtype=dtype)
+        self._gemv = Gemvs([Product(weight, *some)], few(dtype), fine=dtype == torch.float32)
+        self._most = few(dtype) * self._columns
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether these are tokens for it."""
+        return (
+            x.dtype == self._dtype
+            and 0 < x.numel() <= self._most
+            and x.ndim > 1
+            and x.is_cpu
+            and asked_for(self._settings)
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The product."""
+        self._settings.ran[FUSED] += 1
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self._rows)
+        self._gemv.place(0, x, y)
+        self._gemv(x.numel() // self._columns)
+        return y
 
 
 def serves_dense(x: Tensor, weight: Tensor) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertune.kernels import few_tokens, native, workspace
+from expertune.kernels import native, workspace
 from expertune.kernels.cpu import gemm_dtype
 from expertune.kernels.dequant_gemm import Scratch, multiply, multiply_input_gradient
 from expertune.kernels.nf4 import Nf4Bytes
@@ -45,8 +45,6 @@ def nf4_linear(x_RK: Tensor, weight: Nf4Bytes, settings: KernelSettings = DEFAUL
     for tensor, what in ((x_RK, "x"), (weight.packed, "weight")):
         if tensor.device.type != "cpu":
             raise ValueError(f"{what} must be on a CPU, got {tensor.device}")
-    if few_tokens.serves(x_RK, x_RK.shape[0], 1, settings):
-        return few_tokens.linear(x_RK, weight, settings)
     out: Tensor = torch.ops.expertune.nf4_linear(x_RK, *weight, settings.name)
     return out
 

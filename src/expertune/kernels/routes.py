@@ -224,6 +224,7 @@ def summarize(described: dict[str, Any]) -> str:
 
 
 @cache
+@torch.inference_mode(False)  # it differentiates, whatever the first GEMM of a process is for
 def _measured(dtype: torch.dtype, device: torch.device, threads: int) -> dict[str, Any]:
     """`crossover` and, on a GPU, `gemm`: from the cache, or measured."""
     path = _cache_path(dtype, device, threads)

@@ -8,7 +8,8 @@ runs.
 import bitsandbytes as bnb
 from torch import Tensor
 
-from expertune.kernels.few_tokens import once
+from expertune.kernels import native
+from expertune.kernels.few_tokens import Linear, in_answer, once
 from expertune.kernels.linear import nf4_linear
 from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Bytes
 from expertune.kernels.routes import HasKernelSettings
@@ -19,13 +20,23 @@ class Nf4Linear(bnb.nn.Linear4bit, HasKernelSettings):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] of x's dtype; the GEMM runs in `compute_dtype`."""
+        of_answer = in_answer(self, self._of_answer)
+        if of_answer is not None and of_answer.takes(x):
+            y = of_answer(x)
+            return y if self.bias is None else y + self.bias.to(x.dtype)
         if x.device.type != "cpu":
             return super().forward(x)
         x_RK = x.reshape(-1, self.in_features).to(self.compute_dtype or x.dtype)
-        y = nf4_linear(x_RK, once(self, self.nf4_bytes), self.kernel_settings).to(x.dtype)
+        y = nf4_linear(x_RK, once((self, "bytes"), self.nf4_bytes), self.kernel_settings).to(x.dtype)
         if self.bias is not None:
             y = y + self.bias.to(x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _of_answer(self) -> Linear | None:
+        """What multiplies a few tokens of `compute_dtype` while an answer is written; None where nothing can."""
+        if self.compute_dtype is None or self.weight.device.type != "cpu" or not native.available():
+            return None
+        return Linear(self.nf4_bytes(), self.compute_dtype, self.kernel_settings)
 
     def nf4_bytes(self) -> Nf4Bytes:
         """The frozen weight as a stack of one matrix; shares memory with bitsandbytes' parameter."""

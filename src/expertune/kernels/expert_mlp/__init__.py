@@ -23,13 +23,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from expertune.kernels.expert_mlp import operator
+from expertune.kernels.expert_mlp.few_tokens import Experts
 from expertune.kernels.expert_mlp.layer import ExpertLayer, LayerHandle
 from expertune.kernels.expert_mlp.operator import DTYPES, run
 from expertune.kernels.expert_mlp.plan import Activation, Chunk
 from expertune.kernels.lora import LoraUpdate
 from expertune.kernels.nf4 import Nf4Stack
 
-__all__ = ["Activation", "ExpertLayer", "LayerHandle", "LoraUpdate", "expert_mlp"]
+__all__ = ["Activation", "Chunk", "ExpertLayer", "LayerHandle", "LoraUpdate", "expert_mlp", "of_answer"]
 
 
 def expert_mlp(
@@ -68,6 +70,23 @@ def expert_mlp(
     tokens = Chunk(hidden_TD, top_k_index_TK, top_k_weights_TK)
     inner_size = gate_up.num_matrices // down.num_matrices * gate_up.out_features
     return run(tokens, weights, layer, updates, replay, inner_size)
+
+
+def of_answer(
+    tokens: Chunk,
+    gate_up: Nf4Stack,
+    down: Nf4Stack,
+    layer: ExpertLayer,
+    updates: Sequence[LoraUpdate],
+    biases: tuple[Tensor, Tensor] | None,
+) -> Experts | None:
+    """The layer for few tokens while an answer is written, as many as these; None where `expert_mlp` computes it.
+
+    What is given of weights and updates stays as it is meanwhile. Arguments and errors: see `expert_mlp`.
+    """
+    hidden_TD, top_k_index_TK, top_k_weights_TK = tokens[:3]
+    _check(hidden_TD, top_k_index_TK, top_k_weights_TK, gate_up, down, layer, updates, biases)
+    return operator.of_answer(tokens, [*gate_up.bytes, *down.bytes, *(biases or ())], layer, updates)
 
 
 def _check(

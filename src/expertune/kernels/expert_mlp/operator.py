@@ -90,6 +90,21 @@ def run(
     return out, h
 
 
+def of_answer(
+    tokens: Chunk, weights: list[Tensor], layer: ExpertLayer, updates: Sequence[LoraUpdate]
+) -> few_tokens.Experts | None:
+    """The layer for as many tokens, laid out for the answer that is being written; None where it takes another way."""
+    hidden, top_k_index = tokens[:2]
+    matrices = min(weights[4].shape[0], top_k_index.numel())
+    if layer.handle is not None or not (
+        serves(hidden, top_k_index.numel(), matrices, layer.settings)
+        and few_tokens.takes(layer.activation.after, updates)
+    ):
+        return None
+    prepared = once(layer, lambda: few_tokens.prepare(_frozen(weights, layer, hidden.dtype)))
+    return few_tokens.Experts(prepared, updates, top_k_index.shape)
+
+
 def _keeps(layer: ExpertLayer, hidden: Tensor, updates: Sequence[LoraUpdate]) -> bool:
     """Whether what the first GEMM gives is kept for backward.
 

@@ -7,7 +7,7 @@ Shape suffixes: R tokens sorted by expert, K contraction, N columns of the outpu
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -51,6 +51,7 @@ __all__ = [
     "dropout",
     "encode",
     "fit",
+    "function",
     "grouped_gemm",
     "outer",
     "quantize",
@@ -331,9 +332,14 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def call(name: str, *arguments: object) -> int:
+def function(name: str) -> Callable[..., int]:
     """A function of the library by its name in C."""
     loaded = library()
     assert loaded is not None, status().reason
-    result: int = getattr(loaded, name)(*arguments)
-    return result
+    found: Callable[..., int] = getattr(loaded, name)
+    return found
+
+
+def call(name: str, *arguments: object) -> int:
+    """What a function of the library returns."""
+    return function(name)(*arguments)

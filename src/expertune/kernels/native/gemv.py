@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from expertune.kernels import workspace
-from expertune.kernels.native import call
+from expertune.kernels.native import call, function
 from expertune.kernels.native.structures import DENSE_KINDS, SOURCE_KINDS, NativeNf4
 from expertune.kernels.nf4.bytes import Nf4Bytes
 
@@ -76,6 +76,64 @@ class Product(NamedTuple):
     native: NativeNf4 | None = None
 
 
+class Gemvs:
+    """Products one after the other, laid out for one call after the other: what differs between calls is their tokens.
+
+    Args:
+        products: a later one may read what an earlier one writes; weights, updates and biases stay in place.
+        most: routed tokens of a call, at most `MOST_ROUTED`.
+        avx512: False leaves instructions of AVX-512 alone.
+        fine: off by about 1e-6 of a result; two thirds as fast.
+
+    Raises:
+        ValueError: more routed tokens than that.
+    """
+
+    def __init__(self, products: Sequence[Product], most: int, avx512: bool = True, fine: bool = False) -> None:
+        _require(most)
+        weights = [each.native or NativeNf4.of(each.weight) for each in products]
+        updates = [_low_rank(each.updates) for each in products]
+        sizes = [_scratch_floats(each, most) for each in products]
+        scratch = workspace.take("gemv", sum(sizes))
+        # What pointers point to lives as long.
+        self._held, self._most, self._flags = (products, weights, updates, scratch), most, (not avx512, fine)
+        self._arguments = (_Gemv * len(products))()
+        self._each, at = list(self._arguments), scratch.data_ptr()
+        for argument, product, weight, of_it, size in zip(self._each, products, weights, updates, sizes, strict=True):
+            _fill(argument, product)
+            argument.w, argument.updates, argument.scratch = ctypes.addressof(weight), ctypes.addressof(of_it), at
+            at += size * 4
+        self._function = function("expertune_gemv")
+
+    def place(self, number: int, x: Tensor, y: Tensor, top_k_weights: Tensor | None = None) -> None:
+        """Give the product of this number other tensors of the same dtypes; they live until the call."""
+        argument = self._each[number]
+        argument.x, argument.x_stride, argument.y, argument.y_stride = (
+            x.data_ptr(),
+            x.stride(-2),
+            y.data_ptr(),
+            y.stride(-2),
+        )
+        if top_k_weights is not None:
+            argument.weights = top_k_weights.data_ptr()
+
+    def __call__(self, routed: int, experts: Tensor | None = None) -> None:
+        """Compute them.
+
+        Args:
+            routed: R.
+            experts: int64, contiguous [R]; None takes the first expert's matrices for all.
+
+        Raises:
+            ValueError: more routed tokens than `most`.
+        """
+        _require(routed, self._most)
+        at = None if experts is None else experts.data_ptr()
+        for argument in self._each:
+            argument.routed, argument.experts = routed, at
+        self._function(self._arguments, len(self._each), torch.get_num_threads(), *self._flags)
+
+
 def gemv(
     products: Sequence[Product],
     routed: int,
@@ -83,51 +141,13 @@ def gemv(
     avx512: bool = True,
     fine: bool = False,
 ) -> None:
-    """Compute products one after the other.
-
-    Args:
-        products: with the same routed tokens; a later one may read what an earlier one writes.
-        routed: R, at most `MOST_ROUTED`.
-        experts: int64, contiguous [R]; None takes the first expert's matrices for all.
-        avx512: False leaves instructions of AVX-512 alone.
-        fine: off by about 1e-6 of a result; two thirds as fast.
-
-    Raises:
-        ValueError: more routed tokens than that.
-    """
-    if not 0 < routed <= MOST_ROUTED:
-        raise ValueError(f"a call has 1 to {MOST_ROUTED} routed tokens, got {routed}")
-    # These live as long as the call.
-    held = [(each.native or NativeNf4.of(each.weight), _low_rank(each.updates)) for each in products]
-    sizes = [_scratch_floats(each, routed) for each in products]
-    at, arguments = workspace.address("gemv", sum(sizes)), (_Gemv * len(products))()
-    for argument, product, (weight, updates), size in zip(arguments, products, held, sizes, strict=True):
-        _fill(argument, product, routed, experts)
-        argument.w, argument.updates, argument.scratch = ctypes.addressof(weight), ctypes.addressof(updates), at
-        at += size * 4
-    call("expertune_gemv", arguments, len(products), torch.get_num_threads(), not avx512, fine)
+    """Compute products one after the other, once; see `Gemvs`."""
+    Gemvs(products, routed, avx512, fine)(routed, experts)
 
 
-class LinearGemv:
-    """x @ W.T of one matrix for one call after the other: what they have in common is laid out once.
-
-    Args:
-        weight: one matrix; its buffers stay where they are.
-    """
-
-    def __init__(self, weight: Nf4Bytes) -> None:
-        self._weight, self._native = weight, NativeNf4.of(weight)
-        self._argument = _Gemv(w=ctypes.addressof(self._native), parts=1, sharing=1, top_k=1)
-        self._row_floats = _row_floats(weight.in_features)
-
-    def __call__(self, x_RK: Tensor, y_RN: Tensor) -> None:
-        """Up to `MOST_ROUTED` tokens, float32, bfloat16 or float16; float32 is `fine` (see `gemv`)."""
-        argument, routed = self._argument, x_RK.shape[0]
-        argument.x, argument.x_stride, argument.x_kind = x_RK.data_ptr(), x_RK.stride(0), SOURCE_KINDS[x_RK.dtype]
-        argument.y, argument.y_stride, argument.y_kind = y_RN.data_ptr(), y_RN.stride(0), SOURCE_KINDS[y_RN.dtype]
-        argument.routed, argument.scratch = routed, workspace.address("gemv", routed * self._row_floats)
-        fine = x_RK.dtype == torch.float32
-        call("expertune_gemv", ctypes.byref(argument), 1, torch.get_num_threads(), False, fine)
+def _require(routed: int, most: int = MOST_ROUTED) -> None:
+    if not 0 < routed <= most:
+        raise ValueError(f"a call has 1 to {most} routed tokens, got {routed}")
 
 
 def dense_gemv(x_TK: Tensor, weight_NK: Tensor, y_TN: Tensor) -> None:
@@ -186,15 +206,14 @@ class _Gemv(ctypes.Structure):
     )
 
 
-def _fill(argument: _Gemv, product: Product, routed: int, experts: Tensor | None) -> None:
+def _fill(argument: _Gemv, product: Product) -> None:
     x, y, weights = product.x, product.y, product.top_k_weights
     argument.x, argument.x_stride, argument.x_kind = x.data_ptr(), x.stride(0), SOURCE_KINDS[x.dtype]
     argument.y, argument.y_stride, argument.y_kind = y.data_ptr(), y.stride(0), SOURCE_KINDS[y.dtype]
-    argument.experts = None if experts is None else experts.data_ptr()
     argument.weights = None if weights is None else weights.data_ptr()
     argument.top_k = 1 if weights is None else weights.shape[1]
     argument.bias = None if product.bias is None else product.bias.data_ptr()
-    argument.routed, argument.sharing = routed, product.sharing
+    argument.sharing = product.sharing
     argument.parts, argument.num_updates, argument.swiglu = product.parts, len(product.updates), product.swiglu
 
 

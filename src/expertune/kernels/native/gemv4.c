@@ -266,7 +266,7 @@ static void multiply(const InstructionSet *set, const Gemv *g, const Grouped *by
             project(g, (int)(i / g->routed), i % g->routed);
     }
     const int64_t parts = g->swiglu ? 1 : g->parts, across = (g->w->rows + ITEM - 1) / ITEM;
-#pragma omp for schedule(dynamic, 1) nowait
+#pragma omp for schedule(dynamic, 4) nowait
     for (int64_t item = 0; item < parts * across; item++) {
         int64_t n = item % across * ITEM;
         compute_item(set, g, by_expert, table, item / across, n, g->w->rows - n < ITEM ? g->w->rows - n : ITEM);
