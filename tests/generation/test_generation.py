@@ -5,16 +5,19 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from expertune.adapt.attach import attach
 from expertune.checkpoint.load import load_model
-from expertune.config import QuantizationConfig
+from expertune.config import LoraSection, QuantizationConfig
 from expertune.data import encode_prompt
 from expertune.errors import ConfigError, DataError
+from expertune.experts.lora import norms_looked_at_once
 from expertune.generation.chat import stream
 from expertune.generation.decoding import Batches, decode, end_ids, to_text
 from expertune.generation.decoding import complete as completions
 from expertune.generation.sampling import Sampling
 from expertune.kernels import native
 from expertune.kernels.expert_mlp import few_tokens
+from expertune.kernels.few_tokens import answering
 from tests.generation.conftest import PROMPTS, TINY
 
 
@@ -53,6 +56,36 @@ def test_answers_alone_take_the_arithmetic_of_few_tokens(tokenizer, prompts, mon
     complete(model, tokenizer, prompts[:1], max_new_tokens=5)
     # Once for the prompt and once for all tokens after it.
     assert len(calls) == 2 * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(("settings", "laid_out"), [({}, 2), ({"use_dora": True}, 1)], ids=["LoRA", "DoRA"])
+@pytest.mark.skipif(not native.available(), reason="the native library could not be built here")
+def test_an_answers_experts_have_the_adapter_that_is_active(settings, laid_out, monkeypatch):
+    loaded = load_model(TINY, QuantizationConfig(), torch.float32, "cpu")
+    model = attach(loaded, LoraSection(targets=["experts"], **settings), str(TINY)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    calls, lay_out = [], few_tokens.Experts
+    monkeypatch.setattr(few_tokens, "Experts", lambda *given: calls.append(given) or lay_out(*given))
+    ids = torch.tensor([[5, 17, 90]])
+
+    def logits():
+        with torch.no_grad():
+            adapted = model(ids).logits
+            with model.disable_adapter():
+                return adapted, model(ids).logits
+
+    expected = logits()
+    assert not calls
+    with answering(), norms_looked_at_once(model):
+        found = [logits() for _ in range(2)]
+    layers = model.config.num_hidden_layers
+    assert len(calls) == laid_out * layers  # with the adapter and without it; with DoRA without it alone
+    for answer in found:
+        for one, other in zip(answer, expected, strict=True):
+            assert torch.allclose(one, other, atol=1e-3)
+    assert not torch.allclose(*expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("pad", [None, "</s>"])

@@ -61,6 +61,18 @@ def test_other_devices_go_expert_by_expert() -> None:
 
 
 @needs_native
+def test_crossover_is_measured_where_the_first_product_is_one_of_inference(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(routes, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(routes, "_TOKENS", (1,))
+    routes._measured.cache_clear()
+    with torch.inference_mode():
+        assert routes._measured(torch.float32, CPU, 2)["crossover"]
+    routes._measured.cache_clear()
+
+
+@needs_native
 def test_crossover_is_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     measured: list[torch.dtype] = []
     monkeypatch.setattr(routes, "cache_folder", lambda: tmp_path)

@@ -1,8 +1,8 @@
 """A family's RMS norms as one call each while few tokens of an answer pass through them on a CPU.
 
-A family writes its norm as six small operators of torch. Between products that stream all weights through the caches each
-of these takes 10 to 20 us: 80 us a norm, of which a layer has two to four. Which modules are such norms is tried, on
-numbers; the answer is the norm's up to one rounding of 16 bits.
+A family writes its norm as six small operators of torch. Between products that stream all weights through the caches
+each of these takes 10 to 20 us: 80 us a norm, of which a layer has two to four. Which modules are such norms is tried,
+on numbers; the answer is the norm's up to one rounding of 16 bits.
 """
 
 from collections.abc import Iterator

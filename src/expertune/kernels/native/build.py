@@ -33,7 +33,8 @@ FOLDER = Path(__file__).parent
 AVX512 = ("panels16.c", "grouped_gemm16.c", "gemv4_dots.c")
 SOURCES = (
     *("nf4.c", "panels.c", "grouped_gemm.c", "panels_int16.c", "rounded_int16.c", "grouped_gemm_int16.c"),
-    *(*AVX512, "gemv4.c", "gemv4_avx2.c", "attention.c", "dense.c", "norm.c", "swiglu.c", "dropout.c", "cross_entropy.c"),
+    *(*AVX512, "gemv4.c", "gemv4_avx2.c", "attention.c", "dense.c", "norm.c", "swiglu.c", "dropout.c"),
+    "cross_entropy.c",
 )
 HEADERS = (
     *("common.h", "grouped_gemm.h", "panels.h", "grouped_gemm16.h", "grouped_gemm_int16.h"),
