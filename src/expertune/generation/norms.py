@@ -41,7 +41,8 @@ def norms_in_one_call(model: nn.Module) -> Iterator[None]:
     try:
         for module in model.modules() if native.available() else ():
             if "forward" not in module.__dict__ and (form := form_of(module)) is not None:
-                module.forward = partial(_forward, module.forward, module.weight, form)  # type: ignore[method-assign]
+                (weight,) = module.parameters()
+                module.forward = partial(_forward, module.forward, weight, form)
                 replaced.append(module)
         yield
     finally:
