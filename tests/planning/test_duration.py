@@ -44,7 +44,8 @@ def test_evaluations_and_answers_are_counted_and_shorter_examples_take_less(run_
     assert short.answer_seconds > 2 * 2 * 100 * made.pace.cost.of_batch(32, 1).forward_seconds()
     assert "11 evaluations" in long.line
     unknown = made.timed(Lengths(None, 1024, None, 1024, is_bound=True)).run_time
-    assert "besides loading and evaluations; less where examples are shorter" in unknown.line
+    assert "besides loading, evaluations and the preflight check; less where examples are shorter" in unknown.line
+    assert long.line.endswith("besides loading and the preflight check")
 
 
 @pytest.mark.parametrize(

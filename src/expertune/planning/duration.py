@@ -1,6 +1,6 @@
 """How long a whole run takes: its steps, its evaluations and the answers to evaluation examples.
 
-Loading the model and writing checkpoints are left out: they depend on the disk.
+Loading the model and writing checkpoints are left out: they depend on the disk. So is the check before the first step.
 """
 
 import math
@@ -110,7 +110,8 @@ class RunTime:
         if self.answer_seconds:
             parts.append(f"{_said(self.answer_seconds)} of answers")
         made_of = f" ({', '.join(parts)})" if len(parts) > 1 else ""
-        besides = "loading and evaluations" if self.evaluations and not self.evaluation_seconds else "loading"
+        no_evaluation = self.evaluations and not self.evaluation_seconds
+        besides = f"loading{', evaluations' if no_evaluation else ''} and the preflight check"
         bound = "; less where examples are shorter than data.max_length" if self.is_bound else ""
         least = "; a model this small can take several times as long" if self.is_least else ""
         busy = "; less if it has the machine to itself: others kept it busy when it was timed" if self.was_busy else ""
