@@ -293,6 +293,7 @@ def test_each_matrix_of_a_stack_dequantizes_as_if_it_were_alone(double_quantizat
         alone = Nf4Stack(1, 6, 128, double_quantization)
         alone.write(0, matrix)
         assert torch.equal(stack.dequantize(index, torch.float32), alone.dequantize(0, torch.float32))
+        assert torch.equal(nf4.dequantize_absmax(stack.bytes, index), nf4.dequantize_absmax(alone.bytes, 0))
 
 
 @pytest.mark.parametrize("double_quantization", [True, False])
