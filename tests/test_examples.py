@@ -34,7 +34,7 @@ def test_there_are_examples() -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_example_loads_and_transformers_takes_its_training_section(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
-    check_training_arguments(config.training, str(path), config.objective)
+    check_training_arguments(config.training, config.origin, config.objective)
     args, _ = training_arguments(config.training, str(tmp_path), torch.device("cpu"), config.objective)
     assert args.learning_rate == config.training["learning_rate"]
 

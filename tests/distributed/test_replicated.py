@@ -383,11 +383,11 @@ def test_step_that_processes_cannot_share_evenly_is_refused(place: Place) -> Non
 
 
 REFUSED = {
-    "without the file": ["error: rank 1: rows.jsonl: no such file"],
+    "without the file": ["error: rank 1: data.train: rows.jsonl: no such file"],
     "other files": ["Other than on rank 0 are rank 1: inputs.rows.train, model.weights."],
     "other run file": ["Other than on rank 0 are rank 1: run file.training.learning_rate."],
     "other version": ["Other than on rank 0 are rank 1: versions.peft."],
-    "unknown key": ["error: run.yaml: unknown key lora.rnk"],
+    "unknown key": ["error: override 'lora.rnk=8': unknown key lora.rnk"],
     "not finite": ["rank 1: the loss became nan in step 2 on rows.jsonl"],
     "full disk": ["rank 0: disk/.checkpoint-being-written", "No space left on device"],
     "evaluate": ["error: this is one of 2 processes, and this command works in one"],

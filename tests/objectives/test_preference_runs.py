@@ -12,6 +12,7 @@ import torch
 import expertune
 from expertune import finetune, load_config
 from expertune.config import parse_config
+from expertune.config.origin import Origin
 from expertune.errors import CheckpointError, ConfigError
 from expertune.objectives.units import keeps_start
 from expertune.run.record import RunRecord
@@ -296,4 +297,4 @@ def test_several_processes_each_with_all_experts_are_planned_for_answers(small_m
 )
 def test_arguments_are_those_of_trl_and_of_use(objective: Any, key: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        expertune.config.check_training_arguments({key: value}, "run.yaml", objective)
+        expertune.config.check_training_arguments({key: value}, Origin("run.yaml"), objective)

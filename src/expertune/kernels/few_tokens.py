@@ -51,14 +51,19 @@ def answering() -> Iterator[None]:
         _made.reset(token)
 
 
+def _of_this_answer() -> dict[Hashable, Any] | None:
+    # torch's compiler cannot follow `get`, and what it compiles is no answer's.
+    return None if torch.compiler.is_compiling() else _made.get()
+
+
 def once(owner: Hashable, make: Callable[[], _Made]) -> _Made:
     """What `make` gives; while an answer is written it is made once for each owner: of weights that stay in place."""
-    return make() if _made.get() is None else cast(_Made, in_answer(owner, make))
+    return make() if _of_this_answer() is None else cast(_Made, in_answer(owner, make))
 
 
 def in_answer(owner: Hashable, make: Callable[[], _Made]) -> _Made | None:
     """What `make` gives, made once for each owner while an answer is written; None where none is."""
-    made = _made.get()
+    made = _of_this_answer()
     if made is None:
         return None
     if owner not in made:
@@ -83,7 +88,7 @@ def serves(x: Tensor, routed: int, matrices: int, settings: KernelSettings) -> b
         settings: leave the choice, or ask for the fused route.
     """
     return (
-        _made.get() is not None
+        _of_this_answer() is not None
         and x.device.type == "cpu"
         and x.dtype in _DTYPES
         and 0 < routed <= min(few(x.dtype) * matrices, MOST_ROUTED)
@@ -140,7 +145,7 @@ class Linear:
 def serves_dense(x: Tensor, weight: Tensor) -> bool:
     """Whether `dense` multiplies tokens [..., K] by such a matrix faster than torch: on a CPU with AVX2 alone."""
     return (
-        _made.get() is not None
+        _of_this_answer() is not None
         and x.device.type == "cpu"
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
@@ -155,8 +160,7 @@ def serves_dense(x: Tensor, weight: Tensor) -> bool:
 def serves_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `attend` takes queries [B, H, T, D], keys and values [B, K, T, D]: of one token, of an answer."""
     return (
-        not torch.compiler.is_compiling()
-        and _made.get() is not None
+        _of_this_answer() is not None
         and query.shape[2] == 1
         and query.device.type == "cpu"
         and query.dtype in (torch.float32, torch.bfloat16)
