@@ -112,12 +112,8 @@ class Linear:
     """
 
     def __init__(self, weight: Nf4Bytes, dtype: torch.dtype, settings: KernelSettings) -> None:
-        self._columns, self._rows, self._dtype, self._settings = (
-            weight.in_features,
-            weight.out_features,
-            dtype,
-            settings,
-        )
+        self._columns, self._rows = weight.in_features, weight.out_features
+        self._dtype, self._settings = dtype, settings
         some = torch.empty(1, self._columns, dtype=dtype), torch.empty(1, self._rows, dtype=dtype)
         self._gemv = Gemvs([Product(weight, *some)], few(dtype), fine=dtype == torch.float32)
         self._most = few(dtype) * self._columns

@@ -108,12 +108,8 @@ class Gemvs:
     def place(self, number: int, x: Tensor, y: Tensor, top_k_weights: Tensor | None = None) -> None:
         """Give the product of this number other tensors of the same dtypes; they live until the call."""
         argument = self._each[number]
-        argument.x, argument.x_stride, argument.y, argument.y_stride = (
-            x.data_ptr(),
-            x.stride(-2),
-            y.data_ptr(),
-            y.stride(-2),
-        )
+        argument.x, argument.x_stride = x.data_ptr(), x.stride(-2)
+        argument.y, argument.y_stride = y.data_ptr(), y.stride(-2)
         if top_k_weights is not None:
             argument.weights = top_k_weights.data_ptr()
 
