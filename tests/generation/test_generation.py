@@ -1,5 +1,7 @@
 import logging
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -86,6 +88,18 @@ def test_an_answers_experts_have_the_adapter_that_is_active(settings, laid_out, 
         for one, other in zip(answer, expected, strict=True):
             assert torch.allclose(one, other, atol=1e-3)
     assert not torch.allclose(*expected, atol=1e-2)
+
+
+def test_threads_that_answer_at_once_have_the_adapter_that_each_asked_for(model, tokenizer, prompts):
+    def answer(base_only, seed):
+        around = model.disable_adapter() if base_only else nullcontext()
+        return "".join(stream(model, tokenizer, prompts[0], Sampling(8, temperature=0.8, seed=seed), around))
+
+    asked = [(base_only, seed) for seed in range(3) for base_only in (False, True)]
+    alone = [answer(*each) for each in asked]
+    assert alone[0] != alone[1]
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(lambda each: answer(*each), asked)) == alone
 
 
 @pytest.mark.parametrize("pad", [None, "</s>"])

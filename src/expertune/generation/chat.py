@@ -16,7 +16,7 @@ from expertune.checkpoint.context import context_length
 from expertune.config import DataConfig
 from expertune.data import Questions
 from expertune.errors import ConfigError, DataError
-from expertune.generation.decoding import FinishReason, decode, end_ids, to_text
+from expertune.generation.decoding import FinishReason, decode, end_ids, in_turn, to_text
 from expertune.generation.sampling import Sampling
 
 # Where the context is short, at least this part of it is left to the conversation.
@@ -57,7 +57,7 @@ def stream(
     def write() -> None:
         try:
             criteria = StoppingCriteriaList([stop])
-            with around or nullcontext():
+            with in_turn(model), around or nullcontext():
                 ((_, reason),) = decode(
                     model, tokenizer, [prompt_ids], sampling, streamer=pieces, stopping_criteria=criteria
                 )

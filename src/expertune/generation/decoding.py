@@ -4,12 +4,14 @@ The model's own `generation_config` (sampling, penalties, forced tokens) is not 
 weights alone, and nothing is drawn unless the caller says so; only its end tokens are kept.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,9 @@ from expertune.kernels.few_tokens import answering
 Progress = Callable[[int, int], None]
 
 # Why an answer ends: at an end token, after `max_new_tokens`, or where the model's context does.
+_TURNS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_TURNS_LOCK = threading.Lock()
+
 FinishReason = Literal["stop", "length", "context"]
 
 Decoded = tuple[list[int], FinishReason]
@@ -161,7 +166,7 @@ def decode(
         pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         **_choice(sampling),
     )
-    with _seeded(sampling, base.device):
+    with in_turn(model), _seeded(sampling, base.device):
         found = generate_ids(model, prompts, config, ranks, **generate_arguments)
     cut: FinishReason = "context" if room < sampling.max_new_tokens else "length"
     return [_until_end(ids, ends, cut) for ids in found]
@@ -193,6 +198,7 @@ def generate_ids(
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=base.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=base.device)
     with (
+        in_turn(model),
         evaluation_mode(model),
         norms_looked_at_once(base),
         answering(),
@@ -204,6 +210,15 @@ def generate_ids(
         output = base.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, **generate_arguments)
     new: list[list[int]] = output[:, width:].tolist()
     return new
+
+
+def in_turn(model: nn.Module) -> AbstractContextManager[Any]:
+    """Held while a model answers, by one thread at a time, which may take it again.
+
+    Which adapter is active, and what is set aside while tokens are written, is the model's and not a thread's.
+    """
+    with _TURNS_LOCK:
+        return _TURNS.setdefault(_base(model), threading.RLock())
 
 
 def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -15,7 +15,7 @@ from expertune.config.arguments import checked
 from expertune.data import Question, Questions
 from expertune.errors import ConfigError, DataError, option
 from expertune.generation.chat import Conversation, questions_in_turn, require_system
-from expertune.generation.decoding import Batches, Completion, FinishReason, complete
+from expertune.generation.decoding import Batches, Completion, FinishReason, complete, in_turn
 from expertune.generation.sampling import Sampling
 from expertune.run.inference import OpenOptions, Run, find_run, load_run, opened_run, recovery_of
 from expertune.train.oom import OutOfMemory
@@ -282,6 +282,7 @@ class _Answering:
         in_parts = partial(recovery.in_parts, "generation", step=0 if base_only else self.run.steps)
         who = "base model answering" if base_only else "answering"
         with (
+            in_turn(self.run.model),
             self.run.model.disable_adapter() if base_only else nullcontext(),
             self.run.context.bars.task(f"{who}{which}", "tokens") as update,
         ):
