@@ -63,12 +63,7 @@ def run(
     `inner_size` is how many numbers the first GEMM gives a routed token, P * F.
     """
     hidden, top_k_index, top_k_weights = tokens[:3]
-    matrices = min(weights[4].shape[0], top_k_index.numel())
-    if (
-        serves(hidden, top_k_index.numel(), matrices, layer.settings)
-        and few_tokens.takes(layer.activation.after, updates)
-        and not replay
-    ):
+    if not replay and _are_few(hidden, top_k_index, weights, layer, updates):
         layer.settings.ran[routes.FUSED] += 1
         if layer.handle is not None:
             layer.handle.announce(False)
@@ -95,14 +90,19 @@ def of_answer(
 ) -> few_tokens.Experts | None:
     """The layer for as many tokens, laid out for the answer that is being written; None where it takes another way."""
     hidden, top_k_index = tokens[:2]
-    matrices = min(weights[4].shape[0], top_k_index.numel())
-    if layer.handle is not None or not (
-        serves(hidden, top_k_index.numel(), matrices, layer.settings)
-        and few_tokens.takes(layer.activation.after, updates)
-    ):
+    if layer.handle is not None or not _are_few(hidden, top_k_index, weights, layer, updates):
         return None
     prepared = once(layer, lambda: few_tokens.prepare(_frozen(weights, layer, hidden.dtype)))
     return few_tokens.Experts(prepared, updates, top_k_index.shape)
+
+
+def _are_few(
+    hidden: Tensor, top_k_index: Tensor, weights: list[Tensor], layer: ExpertLayer, updates: Sequence[LoraUpdate]
+) -> bool:
+    """Whether these are few tokens of an answer, for a layer that few tokens' way can compute."""
+    routed = top_k_index.numel()
+    served = serves(hidden, routed, min(weights[4].shape[0], routed), layer.settings)
+    return served and few_tokens.takes(layer.activation.after, updates)
 
 
 def _keeps(layer: ExpertLayer, hidden: Tensor, updates: Sequence[LoraUpdate]) -> bool:

@@ -40,17 +40,6 @@ static float unit_of(const Nf4 *w)
     return unit;
 }
 
-/* Eight numbers of x, in float32. */
-INLINE __m256 values_at(const void *x, int kind, int64_t at)
-{
-    if (kind == FLOAT32)
-        return _mm256_loadu_ps((const float *)x + at);
-    const __m128i halves = _mm_loadu_si128((const __m128i *)((const uint16_t *)x + at));
-    if (kind == FLOAT16)
-        return _mm256_cvtph_ps(halves);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-}
-
 /* 8 products of x's largest number with at most 16384 stay within 32 bits, and what `fine` adds to them. */
 static void pack_row(const InstructionSet *set, const Gemv *g, int64_t row)
 {
@@ -178,15 +167,8 @@ static void add(const Gemv *g, int64_t part, int64_t e, int64_t routed, int64_t 
 
 static void store(const Gemv *g, int64_t row, int64_t n, int64_t count, const float *from)
 {
-    for (int64_t j = 0; j < count; j++) {
-        const int64_t at = row * g->y_stride + n + j;
-        if (g->y_kind == FLOAT32)
-            ((float *)g->y)[at] = from[j];
-        else if (g->y_kind == FLOAT16)
-            ((uint16_t *)g->y)[at] = _cvtss_sh(from[j], _MM_FROUND_TO_NEAREST_INT);
-        else
-            ((uint16_t *)g->y)[at] = to_bfloat16(from[j]);
-    }
+    for (int64_t j = 0; j < count; j++)
+        put(g->y, g->y_kind, row * g->y_stride + n + j, from[j]);
 }
 
 static void compute_item(

@@ -13,6 +13,26 @@
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
+/* Eight numbers of a kind, in float32. */
+INLINE __m256 values_at(const void *x, int kind, int64_t at)
+{
+    if (kind == FLOAT32)
+        return _mm256_loadu_ps((const float *)x + at);
+    const __m128i halves = _mm_loadu_si128((const __m128i *)((const uint16_t *)x + at));
+    if (kind == FLOAT16)
+        return _mm256_cvtph_ps(halves);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+/* Rounded to the nearest of a kind. */
+INLINE void put(void *to, int kind, int64_t at, float value)
+{
+    if (kind == FLOAT32)
+        ((float *)to)[at] = value;
+    else
+        ((uint16_t *)to)[at] = kind == FLOAT16 ? _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT) : to_bfloat16(value);
+}
+
 /* One low-rank update of one part: y += scaling * B @ (A @ x). */
 typedef struct {
     const float *a, *b;        /* of each slot [rank, columns] and [rows, rank] */

@@ -1,9 +1,7 @@
 /* Root mean square normalization of few rows, for an answer: one pass where torch makes six small ones. */
-#include "common.h"
+#include "gemv4.h"
 
 #include <math.h>
-
-enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 INLINE float number_at(const void *from, int kind, int64_t at)
 {
@@ -13,30 +11,13 @@ INLINE float number_at(const void *from, int kind, int64_t at)
     return kind == FLOAT16 ? _cvtsh_ss(half) : of_bfloat16(half);
 }
 
-INLINE __m256 numbers_at(const void *from, int kind, int64_t at)
-{
-    if (kind == FLOAT32)
-        return _mm256_loadu_ps((const float *)from + at);
-    const __m128i halves = _mm_loadu_si128((const __m128i *)((const uint16_t *)from + at));
-    return kind == FLOAT16 ? _mm256_cvtph_ps(halves)
-                           : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-}
-
-INLINE void put(void *to, int kind, int64_t at, float value)
-{
-    if (kind == FLOAT32)
-        ((float *)to)[at] = value;
-    else
-        ((uint16_t *)to)[at] = kind == FLOAT16 ? _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT) : to_bfloat16(value);
-}
-
 INLINE void norm_row(int kind, const void *x, const void *weight, int64_t columns, float eps, float beyond, void *y)
 {
     __m256 sums[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
     int64_t k = 0;
     for (; k + 16 <= columns; k += 16)
         for (int half = 0; half < 2; half++) {
-            const __m256 v = numbers_at(x, kind, k + 8 * half);
+            const __m256 v = values_at(x, kind, k + 8 * half);
             sums[half] = _mm256_fmadd_ps(v, v, sums[half]);
         }
     float sum = total_of(_mm256_add_ps(sums[0], sums[1]));
@@ -45,8 +26,8 @@ INLINE void norm_row(int kind, const void *x, const void *weight, int64_t column
     const float factor = 1.0f / sqrtf(sum / (float)columns + eps);
     for (k = 0; k + 8 <= columns; k += 8) {
         float lanes[8];
-        const __m256 w = _mm256_add_ps(numbers_at(weight, kind, k), _mm256_set1_ps(beyond));
-        _mm256_storeu_ps(lanes, _mm256_mul_ps(_mm256_mul_ps(numbers_at(x, kind, k), _mm256_set1_ps(factor)), w));
+        const __m256 w = _mm256_add_ps(values_at(weight, kind, k), _mm256_set1_ps(beyond));
+        _mm256_storeu_ps(lanes, _mm256_mul_ps(_mm256_mul_ps(values_at(x, kind, k), _mm256_set1_ps(factor)), w));
         for (int i = 0; i < 8; i++)
             put(y, kind, k + i, lanes[i]);
     }
